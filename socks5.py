@@ -1,0 +1,1026 @@
+#!/usr/bin/env python3
+"""A SOCKS5 proxy server in one file, with nothing but the standard library.
+
+Run it:
+
+    python3 socks5.py                          # 127.0.0.1:1080, for this host only
+    python3 socks5.py -b :: --users FILE       # every address, for those in FILE
+
+Embed it, and override what you want to decide yourself:
+
+    class OnlyWeb(socks5.Socks5RequestHandler):
+        def authorize(self, destination):
+            return destination.port in (80, 443)
+
+    with socks5.Socks5Server(("127.0.0.1", 1080), OnlyWeb) as server:
+        server.serve_forever()
+
+The conversation:
+
+    client                                    server
+    VER NMETHODS METHODS                  ->          RFC 1928 section 3
+                                          <-          VER METHOD
+    VER ULEN UNAME PLEN PASSWD            ->          RFC 1929 section 2, if there are users
+                                          <-          VER STATUS
+    VER CMD RSV ATYP DST.ADDR DST.PORT    ->          RFC 1928 section 4
+                                          <-          VER REP RSV ATYP BND.ADDR BND.PORT
+    octets                               <->  octets
+
+What fails before the request ends the session. What fails then is answered by exactly one
+reply. After "succeeded" there are only the target's octets, its end (the other direction
+goes on) or its reset (passed on as a reset, so that nothing cut short looks whole).
+
+Hooks of `Socks5RequestHandler`:
+
+    select_method(offered)             the method to use, of those that the client offers
+    authenticate(username, password)   whether these octets are a user's
+    authorize(destination)             whether the client may go there
+    connect(destination)               a connected socket; a chain of proxies begins here
+    do_CONNECT(destination)            a command; do_BIND would be found in the same way
+    log_message(level, event, fields)  where the log goes
+
+Who may connect at all is for ``verify_request`` to say, as in every ``socketserver``.
+
+Not here: GSSAPI, SOCKS4, encryption. SOCKS5 is clear text, passwords included: carry it
+inside ssh or a VPN wherever others can listen. Sections are RFC 1928's unless one says more.
+"""
+
+import argparse
+import contextlib
+import enum
+import errno
+import hmac
+import ipaddress
+import itertools
+import logging
+import os
+import selectors
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type
+
+if sys.platform != "win32":
+    import fcntl
+    import resource
+    import termios
+
+__all__ = ["Address", "AddressType", "Command", "Method", "ProtocolError", "Reply", "Request",
+           "RequestError", "Socks5RequestHandler", "Socks5Server", "load_users", "main"]
+__version__ = "0.1"
+
+log = logging.getLogger("socks5")
+NEVER = float("inf")  # as a number of seconds, or as a moment
+
+
+# ---- vocabulary --------------------------------------------------------------------------
+
+VERSION = 5        # of the protocol
+LOGIN_VERSION = 1  # of the exchange of username and password (RFC 1929)
+
+
+class Method(enum.IntEnum):
+    """Ways for a client to say who it is (section 3)."""
+    NO_AUTHENTICATION_REQUIRED = 0x00
+    GSSAPI = 0x01
+    USERNAME_PASSWORD = 0x02
+    NO_ACCEPTABLE_METHODS = 0xFF
+
+
+class Command(enum.IntEnum):
+    """What a client may ask for (section 4)."""
+    CONNECT = 0x01
+    BIND = 0x02
+    UDP_ASSOCIATE = 0x03
+
+
+class AddressType(enum.IntEnum):
+    """How an address is written (section 5)."""
+    IPV4 = 0x01
+    DOMAIN_NAME = 0x03
+    IPV6 = 0x04
+
+
+class Reply(enum.IntEnum):
+    """What came of a request (section 6); `phrase` is how the RFC puts it."""
+    phrase: str
+
+    def __new__(cls, value: int, phrase: str) -> "Reply":
+        reply = int.__new__(cls, value)
+        reply._value_, reply.phrase = value, phrase
+        return reply
+
+    SUCCEEDED = 0x00, "succeeded"
+    GENERAL_FAILURE = 0x01, "general SOCKS server failure"
+    NOT_ALLOWED = 0x02, "connection not allowed by ruleset"
+    NETWORK_UNREACHABLE = 0x03, "Network unreachable"
+    HOST_UNREACHABLE = 0x04, "Host unreachable"
+    CONNECTION_REFUSED = 0x05, "Connection refused"
+    TTL_EXPIRED = 0x06, "TTL expired"
+    COMMAND_NOT_SUPPORTED = 0x07, "Command not supported"
+    ADDRESS_TYPE_NOT_SUPPORTED = 0x08, "Address type not supported"
+
+
+# ---- failures: they travel up to the handler, which turns them into octets ---------------
+
+class ProtocolError(Exception):
+    """The client cannot be served: send it `answer`, if that is not empty, and hang up."""
+
+    def __init__(self, reason: str, answer: bytes = b"") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.answer = answer
+
+
+class RequestError(Exception):
+    """A request failed in a way that has a reply of its own."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.phrase)
+        self.reply = reply
+
+
+REPLIES = {
+    errno.EACCES: Reply.NOT_ALLOWED,  # says a packet filter of this host
+    errno.EPERM: Reply.NOT_ALLOWED,
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the nearest there is; Tor and Dante chose it too
+}
+
+
+def reply_for(error: Exception) -> Reply:
+    """The reply that tells a client about `error` (section 6)."""
+    if isinstance(error, RequestError):
+        return error.reply
+    if isinstance(error, socket.gaierror):  # its errno belongs to another series of numbers
+        return Reply.HOST_UNREACHABLE
+    if isinstance(error, socket.timeout):  # it has no errno
+        return Reply.TTL_EXPIRED
+    return REPLIES.get(getattr(error, "errno", None) or 0, Reply.GENERAL_FAILURE)
+
+
+# ---- frames: each is drawn as the RFC draws it -------------------------------------------
+
+def read_exactly(stream: Any, count: int) -> bytes:
+    """`count` octets, however they arrive; EOFError if the stream ends or breaks before."""
+    try:
+        octets: bytes = stream.read(count)
+    except OSError as error:
+        raise EOFError("broken within a frame") from error
+    if len(octets) < count:
+        raise EOFError("ended within a frame")
+    return octets
+
+
+def read_counted(stream: Any) -> bytes:
+    """The octets that follow an octet with their number."""
+    return read_exactly(stream, read_exactly(stream, 1)[0])
+
+
+def read_version(stream: Any, version: int) -> None:
+    """VER, which is read alone: another protocol's client may never send a second octet."""
+    if read_exactly(stream, 1)[0] != version:
+        raise ProtocolError("not-socks5")
+
+
+# +----+----------+----------+     +----+--------+
+# |VER | NMETHODS | METHODS  |     |VER | METHOD |     section 3
+# +----+----------+----------+     +----+--------+
+# | 1  |    1     | 1 to 255 |     | 1  |   1    |
+# +----+----------+----------+     +----+--------+
+def read_methods(stream: Any) -> bytes:
+    """The methods that the client offers, an octet each."""
+    read_version(stream, VERSION)
+    return read_counted(stream)
+
+
+# +----+------+----------+------+----------+     +----+--------+
+# |VER | ULEN |  UNAME   | PLEN |  PASSWD  |     |VER | STATUS |     RFC 1929 section 2
+# +----+------+----------+------+----------+     +----+--------+
+# | 1  |  1   | 1 to 255 |  1   | 1 to 255 |     | 1  |   1    |
+# +----+------+----------+------+----------+     +----+--------+
+def read_credentials(stream: Any) -> Tuple[bytes, bytes]:
+    """User name and password, as octets."""
+    read_version(stream, LOGIN_VERSION)
+    return read_counted(stream), read_counted(stream)
+
+
+class Address(NamedTuple):
+    """`host`, an IP literal or a name, and `port`.
+
+    A name is whatever the client sent, octets that are no UTF-8 as surrogates; `resolve`
+    judges it.
+    """
+    host: str
+    port: int
+
+    # +------+----------+------+
+    # | ATYP |   ADDR   | PORT |     section 5: ADDR is 4 or 16 octets, or one octet of
+    # +------+----------+------+     length and a name
+    # |  1   | Variable |  2   |
+    # +------+----------+------+
+    @classmethod
+    def read(cls, stream: Any) -> "Address":
+        """From a frame; RequestError for an unknown address type, whose length is unknown."""
+        kind = read_exactly(stream, 1)[0]
+        if kind == AddressType.IPV4:
+            host = str(ipaddress.IPv4Address(read_exactly(stream, 4)))
+        elif kind == AddressType.IPV6:
+            host = str(ipaddress.IPv6Address(read_exactly(stream, 16)))
+        elif kind == AddressType.DOMAIN_NAME:
+            host = read_counted(stream).decode("utf-8", "surrogateescape")
+        else:
+            raise RequestError(Reply.ADDRESS_TYPE_NOT_SUPPORTED)
+        return cls(host, int.from_bytes(read_exactly(stream, 2), "big"))
+
+    def pack(self) -> bytes:
+        """For a frame; ValueError for a name, which nothing that we send contains."""
+        ip = ipaddress.ip_address(self.host)
+        kind = AddressType.IPV4 if ip.version == 4 else AddressType.IPV6
+        return bytes([kind]) + ip.packed + self.port.to_bytes(2, "big")
+
+    @classmethod
+    def of(cls, sockaddr: Any) -> "Address":
+        """From what ``getsockname`` gives; IPv4 mapped into IPv6 as the IPv4 that it is."""
+        if not isinstance(sockaddr, tuple):  # a hook's socket can be of any family
+            return UNSPECIFIED
+        ip = ipaddress.ip_address(sockaddr[0].partition("%")[0])
+        return cls(str(getattr(ip, "ipv4_mapped", None) or ip), sockaddr[1])
+
+    def __str__(self) -> str:
+        return ("[%s]:%d" if ":" in self.host else "%s:%d") % self[:2]
+
+
+UNSPECIFIED = Address("0.0.0.0", 0)
+
+
+# +----+-----+-------+------+----------+----------+
+# |VER | CMD |  RSV  | ATYP | DST.ADDR | DST.PORT |     section 4
+# +----+-----+-------+------+----------+----------+
+# | 1  |  1  | X'00' |  1   | Variable |    2     |
+# +----+-----+-------+------+----------+----------+
+class Request(NamedTuple):
+    """What the client wants. `command` may be a number that `Command` does not have."""
+    command: int
+    destination: Address
+
+    @classmethod
+    def read(cls, stream: Any) -> "Request":
+        """From a frame: all of it, so that it can be judged when nothing is left unread."""
+        read_version(stream, VERSION)
+        command, _reserved = read_exactly(stream, 2)
+        return cls(command, Address.read(stream))
+
+    @property
+    def command_name(self) -> str:
+        """The command's name, or the number of one that has none."""
+        known = [command.name for command in Command if command == self.command]
+        return known[0] if known else str(self.command)
+
+
+# +----+-----+-------+------+----------+----------+
+# |VER | REP |  RSV  | ATYP | BND.ADDR | BND.PORT |     section 6
+# +----+-----+-------+------+----------+----------+
+# | 1  |  1  | X'00' |  1   | Variable |    2     |
+# +----+-----+-------+------+----------+----------+
+def pack_reply(reply: Reply, bound: Address) -> bytes:
+    """What came of the request, and the server's address towards the target."""
+    return bytes([VERSION, reply, 0]) + bound.pack()
+
+
+# ---- rules: who may come in --------------------------------------------------------------
+
+def load_users(path: str) -> Dict[str, str]:
+    """Passwords by name, from a UTF-8 file that has a line ``name:password`` for each user.
+
+    Blank lines and those that begin with ``#`` are skipped. Raises OSError, or ValueError
+    that names the file and the line, but never quotes it.
+    """
+    users: Dict[str, str] = {}
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith(b"#"):
+                continue
+            where = "%s, line %d: " % (path, number)
+            try:
+                name, _, password = line.rstrip(b"\r\n").decode("utf-8-sig").partition(":")
+            except UnicodeDecodeError:
+                raise ValueError(where + "not UTF-8") from None
+            if not all(1 <= len(text.encode()) <= 255 for text in (name, password)):
+                raise ValueError(where + "not name:password, with 1 to 255 octets each")
+            if name in users:
+                raise ValueError(where + "this name has been there before")
+            users[name] = password
+    if not users:
+        raise ValueError("%s: no users in it" % path)
+    return users
+
+
+# ---- dialing: a name to addresses, addresses to one connected socket ---------------------
+#
+# Trying one address after the other waits two minutes for each dead one. So the next attempt
+# starts when the last one has failed or has had a quarter of a second, and the first to
+# connect wins (RFC 8305, "Happy Eyeballs"). One deadline covers all of it. When all fail,
+# the first address's error counts: it is the one that the resolver thinks best.
+
+ATTEMPT_DELAY = 0.25  # seconds (RFC 8305 section 5)
+
+SocketAddress = Tuple[int, Tuple[Any, ...]]  # a family, and what ``connect`` takes for it
+Prepare = Callable[[socket.socket], None]
+
+
+def encode_name(host: str) -> bytes:
+    """The octets to ask the resolver for; RequestError if `host` cannot be a host's name.
+
+    The check is ours because CPython up to 3.11 cuts a string at its NUL: for the resolver
+    ``localhost\\0.example`` was localhost, for a rule about names it is not.
+    """
+    try:
+        name = host.encode("idna")
+    except UnicodeError:  # an empty or long label, or octets that are no text
+        name = b""
+    if not name or not all(0x21 <= octet <= 0x7E for octet in name):
+        raise RequestError(Reply.HOST_UNREACHABLE)
+    return name
+
+
+def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
+    """The addresses of `name`, best first; OSError if the resolver fails or is too slow.
+
+    It knows no deadline of ours, so it is asked in a thread that can be left behind.
+    """
+    answers: List[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    answer = answers[0] if answers else socket.timeout("the resolver is too slow")
+    if isinstance(answer, Exception):
+        raise answer
+    return [(info[0], info[4]) for info in answer]
+
+
+def resolve(destination: Address, deadline: float) -> List[SocketAddress]:
+    """The addresses of `destination`, best first, by `deadline` (on the monotonic clock)."""
+    try:
+        ip = ipaddress.ip_address(destination.host)
+    except ValueError:
+        name = encode_name(destination.host)
+        return look_up(name, destination.port, max(0, deadline - time.monotonic()))
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    return [(family, (str(ip), destination.port))]
+
+
+def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
+    """The families in turn, the first address's first (RFC 8305 section 4)."""
+    first = [address for address in addresses if address[0] == addresses[0][0]]
+    other = [address for address in addresses if address[0] != addresses[0][0]]
+    turns = itertools.zip_longest(first, other)
+    return [address for turn in turns for address in turn if address]
+
+
+def start_attempt(address: SocketAddress, prepare: Prepare) -> socket.socket:
+    """A socket on its way to `address`; OSError if that fails at once."""
+    sock = socket.socket(address[0], socket.SOCK_STREAM)
+    try:
+        prepare(sock)
+        sock.setblocking(False)
+        sock.connect(address[1])
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
+           until: float) -> Optional[socket.socket]:
+    """The socket that has connected; None at `until`, or when an attempt has failed."""
+    for key, _ in attempts.select(until - time.monotonic()):
+        sock: Any = attempts.unregister(key.fileobj).fileobj
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code:
+            sock.setblocking(True)
+            return sock  # type: ignore[no-any-return]
+        errors[key.data] = OSError(code, os.strerror(code))
+        sock.close()
+    return None
+
+
+def dial(addresses: List[SocketAddress], deadline: float,
+         prepare: Prepare = lambda sock: None) -> socket.socket:
+    """A socket connected to one of `addresses` by `deadline` (on the monotonic clock).
+
+    `prepare` is called with each socket before it connects. Raises OSError.
+    """
+    waiting = list(enumerate(interleave(addresses)))
+    errors: Dict[int, OSError] = {}
+    with selectors.DefaultSelector() as attempts:
+        try:
+            while (waiting or attempts.get_map()) and time.monotonic() < deadline:
+                if waiting:
+                    number, address = waiting.pop(0)
+                    try:
+                        sock = start_attempt(address, prepare)
+                        attempts.register(sock, selectors.EVENT_WRITE, number)
+                    except OSError as error:
+                        errors[number] = error
+                        continue
+                patience = ATTEMPT_DELAY if waiting else NEVER
+                connected = winner(attempts, errors, min(deadline, time.monotonic() + patience))
+                if connected:
+                    return connected
+        finally:
+            for key in list(attempts.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+    raise errors.get(0) or socket.timeout("no address has answered")
+
+
+# ---- relaying: two flows, each in a thread, joined when both have ended ------------------
+#
+# The seed ends a session at the first close and loses what is on its way in the other
+# direction. Here a close is passed on as a half-close, and the other flow goes on. A reset
+# is passed on as a reset. Nothing is queued: a flow reads when its sink has taken what it
+# has read, so a slow reader slows the writer down.
+
+SMALL_BUFFER = 4 * 1024    # octets, for an idle flow
+LARGE_BUFFER = 256 * 1024  # octets, for a busy one
+KEEPALIVE = {  # a peer that has vanished is noticed after 60 + 4 * 15 seconds
+    "TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60,  # the same under Linux and macOS
+    "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4,
+}
+
+
+def tune(sock: socket.socket) -> None:
+    """Send small pieces at once, and notice when the peer has vanished."""
+    with contextlib.suppress(OSError):  # what is wrong with it comes out when it is read
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Have close() send a reset, not an end."""
+    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def wake(sock: socket.socket, how: int) -> None:
+    """Wake the thread that waits on `sock` by a shutdown()."""
+    with contextlib.suppress(OSError):  # it has no peer any more
+        sock.shutdown(how)
+
+
+class Flow:
+    """Octets in one direction. `read` gives the first of them, perhaps out of a buffer."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket,
+                 read: Callable[[int], bytes]) -> None:
+        self.source, self.sink, self.read = source, sink, read
+        self.waiting_on = source
+        self.octets = 0  # that the sink has taken
+        self.running = True
+        self.stopped = False
+
+    def copy(self) -> None:
+        """Pass octets on until the source ends; OSError if the source or the sink breaks."""
+        buffer = bytearray(SMALL_BUFFER)
+        octets = memoryview(self.read(SMALL_BUFFER))
+        while octets and not self.stopped:
+            self.pass_on(octets)
+            if len(octets) == len(buffer) < LARGE_BUFFER:
+                buffer = bytearray(4 * len(buffer))
+            count = self.source.recv_into(buffer)
+            octets = memoryview(buffer)[:count]
+
+    def pass_on(self, octets: memoryview) -> None:
+        """Wait until the sink has taken `octets`."""
+        self.waiting_on = self.sink
+        if not self.stopped:
+            self.sink.sendall(octets)
+            self.octets += len(octets)
+        self.waiting_on = self.source
+
+    def stop(self) -> None:
+        """Have the thread leave, from another one, without telling the peers of an end.
+
+        Only a sink that takes nothing is shut down: what it has yet to take comes first.
+        """
+        self.stopped = True
+        wake(self.source, socket.SHUT_RD)
+        if self.waiting_on is self.sink:
+            wake(self.sink, socket.SHUT_WR)
+
+    def backlog(self) -> int:
+        """Octets that the sink has been sent and has not acknowledged, where Linux tells.
+
+        A slow reader's progress is seen here only: sendall() waits for all it was given.
+        """
+        if sys.platform == "linux" and self.waiting_on is self.sink:
+            queued = fcntl.ioctl(self.sink, termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(queued, sys.byteorder)
+        return 0
+
+
+class Relay:
+    """Two flows between `client` and `target`. `end` tells who closed first, or who broke it."""
+
+    def __init__(self, client: socket.socket, target: socket.socket,
+                 read: Callable[[int], bytes]) -> None:
+        self.names = {client: "client", target: "target"}
+        self.up = Flow(client, target, read)
+        self.down = Flow(target, client, target.recv)
+        self.end = ""
+        self.broken = False
+        self.complete = False  # both ends have been passed on
+
+    def run(self) -> None:
+        """Relay until both flows have ended: one in this thread, one in a second."""
+        second = threading.Thread(target=self.carry, args=(self.down, self.up), daemon=True)
+        second.start()
+        self.carry(self.up, self.down)
+        second.join()
+        self.complete = not self.broken
+
+    def carry(self, flow: Flow, other: Flow) -> None:
+        """A thread's life: copy, and pass on the end, or break off."""
+        try:
+            flow.copy()
+            self.pass_on_end(flow, other)
+        except Exception as error:  # OSError; MemoryError, where there is none for a buffer
+            self.break_off(flow, error)
+        finally:
+            flow.running = False
+
+    def pass_on_end(self, flow: Flow, other: Flow) -> None:
+        """Half-close the sink, unless the source's end is none."""
+        if self.broken:
+            return
+        if other.running:
+            # A reset is reported once. If the other thread was told of it as it sent, this
+            # one read an end; but a socket that has lost its peer was reset.
+            flow.source.getpeername()
+        flow.waiting_on = flow.sink
+        flow.sink.shutdown(socket.SHUT_WR)
+        self.end = self.end or self.names[flow.source] + "-closed"
+
+    def break_off(self, flow: Flow, error: Exception) -> None:
+        """Wake the other thread, which still delivers what it has."""
+        if not self.broken:
+            what = "lost" if isinstance(error, TimeoutError) else "reset"
+            self.end = "%s-%s" % (self.names[flow.waiting_on], what)
+        self.broken = True
+        for sock in self.names:
+            wake(sock, socket.SHUT_RD)
+
+    def stop(self) -> None:
+        """Have both threads leave, from another one."""
+        self.broken = True
+        self.up.stop()
+        self.down.stop()
+
+    @property
+    def half_closed(self) -> bool:
+        """Whether a flow has ended."""
+        return not (self.up.running and self.down.running)
+
+    def progress(self) -> Tuple[int, ...]:
+        """Numbers that change when an octet moves or a flow ends."""
+        return (self.half_closed, self.up.octets, self.up.backlog(),
+                self.down.octets, self.down.backlog())
+
+
+# ---- handler: one conversation -----------------------------------------------------------
+
+REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
+
+
+def escape(value: object) -> str:
+    """`value` as one word of ASCII, so that nothing from the network can forge a log line."""
+    word = str(value).encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
+    return word or "-"
+
+
+class Socks5RequestHandler(socketserver.StreamRequestHandler):
+    """One client's conversation. Override its hooks (see above) and pass it to the server."""
+
+    server: "Socks5Server"
+    rbufsize = SMALL_BUFFER  # more than the 513 octets of the longest frame
+
+    def setup(self) -> None:
+        """Begin a session: from here on, the server keeps its deadline."""
+        super().setup()
+        tune(self.connection)
+        self.started = time.monotonic()
+        self.sockets = {self.connection}
+        self.relay: Optional[Relay] = None
+        self.progress: Tuple[int, ...] = ()
+        self.reply: Optional[Reply] = None
+        self.hung_up = False
+        self.end = ""
+        self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
+            ["client", "user", "command", "destination", "reached", "reply"], "")
+        self.fields["client"] = Address.of(self.client_address)
+        self.enter("handshake", self.server.handshake_timeout)
+        self.server.begin(self)
+
+    def handle(self) -> None:
+        """The conversation, and the one place where failures become octets."""
+        try:
+            self.negotiate()
+            self.serve_request()
+        except ProtocolError as error:
+            self.refuse(error.answer, error.reason)
+        except (EOFError, OSError):
+            self.conclude("client-left")
+
+    def finish(self) -> None:
+        """End the session: close its sockets, log it."""
+        self.server.forget(self)
+        super().finish()
+        for sock in self.sockets:
+            if self.relay and not self.relay.complete:
+                reset_on_close(sock)
+            sock.close()
+        self.log_message(logging.INFO, "session", dict(
+            self.fields,
+            reply=self.reply.name if self.reply is not None else "",
+            up=self.relay.up.octets if self.relay else 0,
+            down=self.relay.down.octets if self.relay else 0,
+            seconds="%.3f" % (time.monotonic() - self.started),
+            end=self.end or "error"))
+
+    def negotiate(self) -> None:
+        """Agree on a method (section 3), and have the client log in if it is that one."""
+        method = self.select_method(read_methods(self.rfile))
+        if method == Method.NO_ACCEPTABLE_METHODS:
+            raise ProtocolError("no-acceptable-method", bytes([VERSION, method]))
+        self.wfile.write(bytes([VERSION, method]))
+        if method == Method.USERNAME_PASSWORD:
+            self.log_in()
+
+    def select_method(self, offered: bytes) -> int:
+        """The method to use. Where there are users, a client must be one."""
+        method = (Method.NO_AUTHENTICATION_REQUIRED if self.server.users is None
+                  else Method.USERNAME_PASSWORD)
+        return method if method in offered else Method.NO_ACCEPTABLE_METHODS
+
+    def log_in(self) -> None:
+        """The exchange of RFC 1929."""
+        username, password = read_credentials(self.rfile)
+        user = username.decode("utf-8", "surrogateescape")
+        if not self.authenticate(username, password):
+            self.log_message(logging.WARNING, "login failed",
+                             {"client": self.fields["client"], "user": user})
+            raise ProtocolError("login-failed", bytes([LOGIN_VERSION, 1]))
+        self.fields["user"] = user
+        self.wfile.write(bytes([LOGIN_VERSION, 0]))
+
+    def authenticate(self, username: bytes, password: bytes) -> bool:
+        """Whether these are a user's. An unknown user takes as long as a wrong password."""
+        expected = (self.server.users or {}).get(username)
+        matches = hmac.compare_digest(expected or b"", password)
+        return matches and expected is not None
+
+    def serve_request(self) -> None:
+        """Read the request and carry it out. Exactly one reply comes of it (section 6)."""
+        try:
+            request = Request.read(self.rfile)
+            self.fields.update(command=request.command_name, destination=request.destination)
+            self.perform(request)
+        except (EOFError, ProtocolError):
+            raise
+        except Exception as error:
+            foreseen = isinstance(error, (RequestError, OSError))
+            if self.reply is None:
+                self.reply = reply_for(error)
+                self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
+            if not foreseen:
+                raise
+
+    def perform(self, request: Request) -> None:
+        """Find the method for the command, ask `authorize`, and call it."""
+        command = getattr(self, "do_" + request.command_name, None)
+        if command is None:
+            raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
+        if not self.authorize(request.destination):
+            raise RequestError(Reply.NOT_ALLOWED)
+        command(request.destination)
+
+    def authorize(self, destination: Address) -> bool:
+        """Whether the client may go to `destination`, as it asked for it."""
+        return True
+
+    def do_CONNECT(self, destination: Address) -> None:
+        """Connect to `destination` and relay until both sides have closed (section 4)."""
+        self.enter("connect", NEVER)  # connect() has a deadline of its own
+        target = self.connect(destination)
+        self.adopt(target)
+        tune(target)
+        with contextlib.suppress(OSError):  # it may be gone already
+            self.fields["reached"] = Address.of(target.getpeername())
+        self.reply = Reply.SUCCEEDED
+        self.wfile.write(pack_reply(self.reply, Address.of(target.getsockname())))
+        self.relay = Relay(self.connection, target, self.rfile.read1)
+        if self.hung_up:  # before there was a relay to stop
+            self.relay.stop()
+        self.relay.run()
+        self.conclude(self.relay.end)
+
+    def connect(self, destination: Address) -> socket.socket:
+        """A connected socket in blocking mode, within ``server.connect_timeout`` seconds.
+
+        The caller closes it. Raises RequestError, or what `reply_for` has a reply for.
+        """
+        deadline = time.monotonic() + self.server.connect_timeout
+        return dial(resolve(destination, deadline), deadline, self.adopt)
+
+    def refuse(self, answer: bytes, end: str) -> None:
+        """Send `answer`, if there is one, and wait until the client has had time to read it.
+
+        To close while octets of the client lie unread would send a reset, which can destroy
+        the answer on its way.
+        """
+        self.conclude(end)
+        if not answer:
+            return
+        self.enter("refusal", REFUSAL_TIMEOUT)
+        with contextlib.suppress(OSError):
+            self.wfile.write(answer)
+            self.connection.shutdown(socket.SHUT_WR)
+            while not self.hung_up and self.connection.recv(SMALL_BUFFER):
+                pass
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Make `sock` part of the session, to be woken by `hang_up` and closed at the end."""
+        with self.server.lock:
+            self.sockets.add(sock)
+        if self.hung_up:
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+    def conclude(self, end: str) -> None:
+        """Say why the session ends; what is said first stays."""
+        self.end = self.end or end
+
+    def enter(self, phase: str, seconds: float) -> None:
+        """Begin a phase of the session, which may last `seconds`."""
+        self.phase, self.deadline = phase, time.monotonic() + seconds
+
+    def check_deadline(self, now: float) -> None:
+        """Hang up if the phase has lasted too long; a relay's progress begins it anew."""
+        if self.relay and self.relay.progress() != self.progress:
+            self.progress = self.relay.progress()
+            if self.relay.half_closed:
+                self.enter("linger", self.server.linger)
+            else:
+                self.enter("idle", self.server.idle_timeout)
+        if now >= self.deadline:
+            self.hang_up(self.phase + "-timeout")
+
+    def hang_up(self, end: str) -> None:
+        """Have the session's threads leave. The caller, another thread, holds the lock."""
+        self.conclude(end)
+        self.hung_up = True
+        for sock in self.sockets:
+            wake(sock, socket.SHUT_RD)
+        if self.relay:
+            self.relay.stop()
+
+    def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
+        """Log `event` and what is known of it, at a level of `logging`."""
+        words = ["%s=%s" % (name, escape(value)) for name, value in fields.items()]
+        log.log(level, "%s %s", event, " ".join(words))
+
+
+# ---- server: who is here, and until when -------------------------------------------------
+
+SWEEP_INTERVAL = 0.5    # seconds between two looks at the deadlines
+EXHAUSTION_PAUSE = 0.1  # seconds to wait for room for another client
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Socks5Server(socketserver.ThreadingTCPServer):
+    """A SOCKS5 proxy that serves each client in a thread of its own.
+
+    `server_address` is a host and a port; ``::`` serves both families. `users` maps names
+    to passwords; without it, everybody is welcome. In seconds: `connect_timeout` to find
+    and reach a target, `handshake_timeout` for a client to say what it wants, `idle_timeout`
+    without progress (None: for ever), and `linger`, the same once a side has closed.
+
+    ``serve_forever`` keeps the deadlines. ``server_close``, or the end of a ``with`` block,
+    ends the sessions and waits for their threads; one that waits for the system's resolver
+    cannot be woken, and takes up to `connect_timeout`.
+    """
+
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets another take our port
+    request_queue_size = 1024
+
+    def __init__(self, server_address: Tuple[str, int],
+                 RequestHandlerClass: Type[Socks5RequestHandler] = Socks5RequestHandler, *,
+                 users: Optional[Mapping[str, str]] = None, connect_timeout: float = 10.0,
+                 handshake_timeout: float = 10.0, idle_timeout: Optional[float] = None,
+                 linger: float = 60.0, bind_and_activate: bool = True) -> None:
+        self.users = None if users is None else {
+            name.encode(): password.encode() for name, password in users.items()}
+        self.connect_timeout = connect_timeout
+        self.handshake_timeout = handshake_timeout
+        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
+        self.linger = linger
+        self.lock = threading.Lock()  # while it is held, the sessions' sockets stay open
+        self.sessions: Set[Socks5RequestHandler] = set()
+        self.threads: Set[threading.Thread] = set()
+        self.next_sweep = 0.0
+        self.closed = False
+        if ":" in server_address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def server_bind(self) -> None:
+        """Bind, to both families if the address is ``::``."""
+        if self.server_address[0] == "::":
+            with contextlib.suppress(AttributeError, OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                log.warning("cannot accept a client now: %s", error.strerror)
+                time.sleep(EXHAUSTION_PAUSE)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a session in a thread of its own."""
+        thread = threading.Thread(target=self.process_request_thread,
+                                  args=(request, client_address), daemon=True)
+        thread.start()
+        self.threads.add(thread)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close. ``socketserver`` would send an end before what may have to be a reset."""
+        self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what nobody foresaw: its type only, its text may hold anything."""
+        kind = sys.exc_info()[0] or Exception
+        log.error("session failed client=%s error=%s", Address.of(client_address),
+                  kind.__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+
+    def begin(self, session: Socks5RequestHandler) -> None:
+        """Keep the deadline of `session` from now on."""
+        with self.lock:
+            self.sessions.add(session)
+            if self.closed:
+                session.hang_up("server-closed")
+
+    def forget(self, session: Socks5RequestHandler) -> None:
+        """Leave `session` alone: it is about to close its sockets."""
+        with self.lock:
+            self.sessions.discard(session)
+
+    def service_actions(self) -> None:
+        """Hang up on the sessions past their deadline. ``serve_forever`` calls it often."""
+        now = time.monotonic()
+        if now < self.next_sweep:
+            return
+        self.next_sweep = now + SWEEP_INTERVAL
+        self.threads = {thread for thread in self.threads if thread.is_alive()}
+        with self.lock:
+            for session in self.sessions:
+                session.check_deadline(now)
+
+    def server_close(self) -> None:
+        """Stop listening, end the sessions, and wait until their threads have left."""
+        super().server_close()
+        with self.lock:
+            self.closed = True
+            for session in self.sessions:
+                session.hang_up("server-closed")
+        for thread in self.threads:
+            thread.join()
+
+
+# ---- command line ------------------------------------------------------------------------
+
+def port_number(text: str) -> int:
+    """A port, for argparse."""
+    if not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError("%s is not in 0 to 65535" % text)
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time that passes, for argparse."""
+    if not 0 < float(text) < NEVER:
+        raise argparse.ArgumentTypeError("%s is not a positive number" % text)
+    return float(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).")
+    add = parser.add_argument
+    add("port", nargs="?", type=port_number, default=1080,
+        help="port to serve on, 0 for any that is free (default: %(default)s)")
+    add("--version", action="version", version="socks5.py " + __version__)
+    add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
+        help="address to serve on, 0.0.0.0 for all of IPv4, :: for all (default: %(default)s)")
+    add("--users", metavar="FILE",
+        help="serve the users in FILE only, which has a line name:password for each")
+    add("--open", action="store_true", help="serve everybody who can reach ADDRESS")
+    add("--connect-timeout", metavar="S", type=seconds, default=10.0,
+        help="seconds to find and reach a target (default: %(default)g)")
+    add("--handshake-timeout", metavar="S", type=seconds, default=10.0,
+        help="seconds for a client to say what it wants (default: %(default)g)")
+    add("--idle-timeout", metavar="S", type=seconds,
+        help="seconds without progress that end a session (default: no number does)")
+    add("--linger", metavar="S", type=seconds, default=60.0,
+        help="the same once a side has closed (default: %(default)g)")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", dest="level", action="store_const", default=logging.INFO,
+                        const=logging.WARNING, help="log what is wrong, but not each session")
+    volume.add_argument("-v", "--verbose", dest="level", action="store_const",
+                        const=logging.DEBUG, help="log tracebacks too")
+    return parser
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this host can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def raise_descriptor_limit() -> None:
+    """Take all the descriptors that we may have: a session needs two."""
+    if sys.platform != "win32":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(OSError, ValueError):  # macOS promises more than it grants
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def announce(line: str) -> None:
+    """Print `line`. A full disk or a closed pipe is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError:  # nor to fail at exit, when what was not written would be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command; its exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        users = load_users(args.users) if args.users else None
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if users is None and not args.open and not is_loopback(args.bind):
+        parser.error("on %s everybody could use this proxy: name your users with --users FILE, "
+                     "or say --open if that is what you want" % args.bind)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
+    logging.raiseExceptions = False  # a log that cannot be written stops nobody
+    raise_descriptor_limit()
+    try:
+        server = Socks5Server(
+            (args.bind, args.port), users=users, connect_timeout=args.connect_timeout,
+            handshake_timeout=args.handshake_timeout, idle_timeout=args.idle_timeout,
+            linger=args.linger)
+    except OSError as error:
+        print("socks5.py: cannot serve on %s port %d: %s"
+              % (args.bind, args.port, error.strerror), file=sys.stderr)
+        return 1
+    with server:
+        address = Address.of(server.server_address)
+        announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
+        if args.users and os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
+            log.warning("others can read %s: chmod o-r it", args.users)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+        announce("Interrupted, ending.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
