@@ -574,9 +574,11 @@ class Relay:
             return
         if other.running:
             # A reset is reported once. If the other thread was told of it as it sent, this
-            # one read an end; but a socket that has lost its peer was reset.
+            # one read an end; but a socket that has lost its peer was reset, as long as we
+            # have not ended it ourselves.
             flow.source.getpeername()
         flow.waiting_on = flow.sink
+        flow.running = False  # before the shutdown(), for the sake of the check above
         flow.sink.shutdown(socket.SHUT_WR)
         self.end = self.end or self.names[flow.source] + "-closed"
 
@@ -797,10 +799,10 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Have the session's threads leave. The caller, another thread, holds the lock."""
         self.conclude(end)
         self.hung_up = True
+        if self.relay:  # first, or it would take the shutdown() for an end to pass on
+            self.relay.stop()
         for sock in self.sockets:
             wake(sock, socket.SHUT_RD)
-        if self.relay:
-            self.relay.stop()
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
         """Log `event` and what is known of it, at a level of `logging`."""
@@ -846,6 +848,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.sessions: Set[Socks5RequestHandler] = set()
         self.threads: Set[threading.Thread] = set()
         self.next_sweep = 0.0
+        self.exhausted = False
         self.closed = False
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
@@ -861,12 +864,16 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
         try:
-            return super().get_request()
+            accepted = super().get_request()
         except OSError as error:
             if error.errno in EXHAUSTED:
-                log.warning("cannot accept a client now: %s", error.strerror)
+                if not self.exhausted:
+                    log.warning("clients have to wait: %s", error.strerror)
+                self.exhausted = True
                 time.sleep(EXHAUSTION_PAUSE)
             raise
+        self.exhausted = False
+        return accepted
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a session in a thread of its own."""

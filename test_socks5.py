@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -27,6 +28,11 @@ from unittest import mock
 import echo_server
 import socks5
 from socks5 import Address, Reply
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = 30  # seconds after which a test that waits in vain fails
@@ -198,9 +204,15 @@ class TestCase(unittest.TestCase):
         server.server_close()
 
 
-def resolver(*addresses):
-    """A stand-in for getaddrinfo that answers with `addresses`."""
-    def getaddrinfo(name, port, **kwargs):
+def resolver(*addresses, error=None):
+    """A stand-in for getaddrinfo that answers socks5.py with `addresses`, or fails."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(name, *args, **kwargs):
+        if isinstance(name, str):  # a test's own question
+            return real(name, *args, **kwargs)
+        if error:
+            raise error
         return [(socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
                  socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
     return mock.patch("socket.getaddrinfo", getaddrinfo)
@@ -498,6 +510,26 @@ class RelayTest(TestCase):
         with self.assertRaises(BlockingIOError):  # no end was passed on
             client.recv(1)
 
+    def test_end_that_follows_our_own_is_no_reset(self):
+        has_ended = threading.Event()
+
+        class Target(socket.socket):
+            def shutdown(self, how):  # is done, but its thread does not know yet
+                super().shutdown(how)
+                has_ended.wait(PATIENCE)
+
+        (client, proxy), (ours, theirs) = self.pair(), self.pair()
+        target = self.own(Target(fileno=ours.detach()))
+        relay = socks5.Relay(proxy, target, proxy.recv)
+        self.thread(relay.carry, relay.up, relay.down)
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(read_all(theirs), (b"", "end"))
+        theirs.close()
+        relay.carry(relay.down, relay.up)
+        has_ended.set()
+        self.assertEqual(read_all(client), (b"", "end"))
+        self.assertFalse(relay.broken)
+
     def test_answer_before_a_reset_is_delivered(self):
         client, target = self.tunnel()
         content = pattern(MEBIBYTE)
@@ -688,3 +720,763 @@ class ConversationTest(TestCase):
                 with self.subTest(name, end=end):
                     said = self.talk(users, [whole[:max(end, 0)]]).hex()
                     self.assertRegex(said, self.expect(answer, exact=False))
+
+
+class LoggedTestCase(TestCase):
+    """Tests that look at the log."""
+
+    def log_of(self, converse, level="INFO", **settings):
+        """The log lines of the sessions that `converse(server)` has."""
+        with self.assertLogs("socks5", level) as logs:
+            server = self.serve(**settings)
+            converse(server)
+            self.stop(server)
+        return [record.getMessage() for record in logs.records]
+
+    def fields(self, line):
+        """The words after the name of the event."""
+        return dict(word.split("=", 1) for word in line.split(" ") if "=" in word)
+
+
+class HandlerTest(LoggedTestCase):
+    def test_bound_address_is_the_socket_s(self):
+        listener = self.listen()
+        _, reply = self.request(self.serve(), listener.getsockname()[1])
+        port = self.own(listener.accept()[0]).getpeername()[1]
+        self.assertEqual(reply, octets("05 00 00 01 7f 00 00 01") + struct.pack(">H", port))
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_ipv6_all_the_way(self):
+        listener = self.listen("::1")
+        client = self.client(self.serve(host="::"))
+        client.sendall(octets("05 01 00 05 01 00 04" + " 00" * 15 + " 01")
+                       + struct.pack(">H", listener.getsockname()[1]))
+        target = self.own(listener.accept()[0])
+        self.assertEqual(read_count(client, 24), octets("05 00 05 00 00 04" + " 00" * 15 + " 01")
+                         + struct.pack(">H", target.getpeername()[1]))
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_both_families_are_served_and_logged_as_they_are(self):
+        def converse(server):
+            client = self.own(socket.create_connection(("127.0.0.1", server.server_address[1])))
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(client), (b"", "end"))
+
+        line = self.log_of(converse, host="::")[0]
+        self.assertRegex(line, r"client=127\.0\.0\.1:\d+ ")
+
+    def test_replies(self):
+        for name, error, reply in [
+                ("refused", OSError(errno.ECONNREFUSED, ""), 5),
+                ("out of descriptors", OSError(errno.EMFILE, ""), 1),
+                ("rule", socks5.RequestError(Reply.NOT_ALLOWED), 2),
+                ("bug", ZeroDivisionError("hunter2"), 1)]:
+            class Handler(socks5.Socks5RequestHandler):
+                def connect(self, destination, error=error):
+                    raise error
+
+            with self.subTest(name):
+                def converse(server, reply=reply):
+                    client, answer = self.request(server, 80)
+                    self.assertEqual(answer, bytes([5, reply]) + octets("00 01" + " 00" * 6))
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_all(client), (b"", "end"))
+
+                lines = self.log_of(converse, handler=Handler)
+                self.assertIn("reply=%s " % Reply(reply).name, lines[0])
+                self.assertNotIn("hunter2", "".join(lines))
+                self.assertEqual("error=ZeroDivisionError" in "".join(lines), name == "bug")
+
+    def test_black_hole(self):
+        host, port = self.black_hole()
+        _, reply = self.request(self.serve(connect_timeout=0.2), port, host)
+        self.assertEqual(reply[1], Reply.TTL_EXPIRED)
+
+    def test_name_with_a_dead_first_address(self):
+        listener = self.listen()
+        with resolver(self.dead(), listener.getsockname()):
+            client = self.client(self.serve())
+            client.sendall(octets("05 01 00 05 01 00 03 01 78 00 50"))
+            self.assertEqual(read_count(client, 4), octets("05 00 05 00"))
+
+    def test_unknown_name(self):
+        with resolver(error=socket.gaierror(-2, "unknown")):
+            client = self.client(self.serve())
+            client.sendall(octets("05 01 00 05 01 00 03 01 78 00 50"))
+            self.assertEqual(read_count(client, 4), octets("05 00 05 04"))
+
+    def test_refusal_arrives_though_the_client_still_sends(self):
+        client = self.client(self.serve())
+        client.sendall(octets("05 01 00 05 02 00 01 7f 00 00 01 00 50") + bytes(100000))
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(read_all(client), (octets("05 00 05 07 00 01" + " 00" * 6), "end"))
+
+    def test_refused_client_that_stays_is_left(self):
+        with mock.patch.multiple(socks5, REFUSAL_TIMEOUT=0.1, SWEEP_INTERVAL=0.02):
+            client = self.client(self.serve())
+            client.sendall(octets("05 01 02"))
+            self.assertEqual(read_all(client), (octets("05 ff"), "end"))
+            with self.assertRaises(OSError):
+                while True:  # until it is told that nobody is there any more
+                    client.send(b"x")
+
+    def test_hooks(self):
+        calls = []
+
+        class Handler(socks5.Socks5RequestHandler):
+            def select_method(self, offered):
+                calls.append(offered)
+                return socks5.Method.USERNAME_PASSWORD
+
+            def authenticate(self, username, password):
+                calls.append((username, password))
+                return True
+
+            def authorize(self, destination):
+                calls.append(destination)
+                return destination.port != 22
+
+            def do_BIND(self, destination):
+                raise socks5.RequestError(Reply.NETWORK_UNREACHABLE)
+
+            def log_message(self, level, event, fields):
+                calls.append((event, fields["end"]))
+
+        server = self.serve(Handler)
+        for request, reply in [("05 01 00 01 7f 00 00 01 00 16", "02"),
+                               ("05 02 00 01 7f 00 00 01 00 50", "03")]:
+            client = self.client(server)
+            client.sendall(octets("05 01 02 01 01 61 01 62" + request))
+            self.assertEqual(read_count(client, 6), octets("05 02 01 00 05" + reply))
+            client.close()
+        self.stop(server)
+        self.assertEqual(sorted(map(repr, calls)), sorted(map(repr, [
+            b"\2", (b"a", b"b"), Address("127.0.0.1", 22), ("session", "refused"),
+            b"\2", (b"a", b"b"), Address("127.0.0.1", 80), ("session", "refused")])))
+
+    def test_clients_are_chosen_by_verify_request(self):
+        class Server(socks5.Socks5Server):
+            def verify_request(self, request, client_address):
+                return False
+
+        with mock.patch.object(socks5, "Socks5Server", Server):
+            client = self.client(self.serve())
+        self.assertEqual(read_all(client), (b"", "end"))
+
+
+class LogTest(LoggedTestCase):
+    def test_session_line(self):
+        listener = self.listen()
+        port = listener.getsockname()[1]
+
+        def converse(server):
+            client = self.client(server)
+            client.sendall(octets(LOGIN + "05 01 00 03 09 6c 6f 63 61 6c 68 6f 73 74")
+                           + struct.pack(">H", port) + b"12345")
+            target = self.own(listener.accept()[0])
+            self.assertEqual(read_count(target, 5), b"12345")
+            target.sendall(b"123")
+            target.shutdown(socket.SHUT_WR)
+            self.assertEqual(len(read_all(client)[0]), 4 + 10 + 3)
+            client.close()
+            self.assertEqual(read_all(target), (b"", "end"))
+
+        with resolver(("127.0.0.1", port)):
+            lines = self.log_of(converse, users=USERS)
+        self.assertEqual(len(lines), 1)
+        self.assertRegex(lines[0], (
+            r"^session client=127\.0\.0\.1:\d+ user=alice command=CONNECT "
+            r"destination=localhost:%d reached=127\.0\.0\.1:%d reply=SUCCEEDED "
+            r"up=5 down=3 seconds=\d+\.\d{3} end=target-closed$") % (port, port))
+
+    def test_why_a_session_ended(self):
+        for sent, reply, end in [
+                ("", "-", "client-left"), ("05", "-", "client-left"),
+                ("05 01 00 05", "-", "client-left"), ("47", "-", "not-socks5"),
+                ("05 01 02", "-", "no-acceptable-method"),
+                ("05 01 00 05 03 00 01 00 00 00 00 00 00", "COMMAND_NOT_SUPPORTED", "refused")]:
+            def converse(server, sent=sent):
+                client = self.client(server)
+                client.sendall(octets(sent))
+                client.shutdown(socket.SHUT_WR)
+                read_all(client)
+
+            with self.subTest(sent=sent):
+                fields = self.fields(self.log_of(converse)[0])
+                self.assertEqual((fields["reply"], fields["end"]), (reply, end))
+
+    def test_resets_are_told_apart(self):
+        for breaker in ("client", "target"):
+            def converse(server, breaker=breaker):
+                client, target = self.tunnel(server)
+                reset(client if breaker == "client" else target)
+                read_all(target if breaker == "client" else client)
+
+            self.assertEqual(self.fields(self.log_of(converse)[0])["end"], breaker + "-reset")
+
+    def test_failed_login_has_a_line_and_no_password(self):
+        def converse(server):
+            client = self.client(server)
+            client.sendall(octets("05 01 02 01 05 61 6c 69 63 65 07 68 75 6e 74 65 72 32"))
+            client.shutdown(socket.SHUT_WR)
+            read_all(client)
+
+        lines = self.log_of(converse, level="DEBUG", users=USERS)
+        self.assertRegex(lines[0], r"^login failed client=127\.0\.0\.1:\d+ user=alice$")
+        self.assertIn("end=login-failed", lines[1])
+        self.assertNotIn("hunter2", "".join(lines))
+        self.assertNotIn("secret", "".join(lines))
+
+    def test_nothing_from_the_network_can_forge_a_line(self):
+        name = b"x\r\nsession \x1b[31m client=6.6.6.6:1 \xe2\x80\xae\xff\\\0 end=fine"
+
+        def converse(server):
+            client = self.client(server)
+            client.sendall(octets("05 01 00 05 01 00 03") + bytes([len(name)]) + name + b"\0\x50")
+            client.shutdown(socket.SHUT_WR)
+            read_all(client)
+
+        line = self.log_of(converse)[0]
+        self.assertRegex(line, r"^[!-~ ]*$")
+        self.assertEqual(len(line.split(" ")), 11)
+        self.assertIn(r"destination=[x\r\nsession\x20\x1b[31m\x20client=6.6.6.6:1\x20", line)
+        self.assertEqual(self.fields(line)["end"], "refused")
+
+    def test_traceback_at_debug_only(self):
+        class Handler(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                raise ZeroDivisionError
+
+        def converse(server):
+            client, _ = self.request(server, 80)
+            client.close()
+
+        for level, expected in (("INFO", False), ("DEBUG", True)):
+            with self.assertLogs("socks5", level) as logs:
+                server = self.serve(Handler)
+                converse(server)
+                self.stop(server)
+            self.assertEqual(any(record.exc_info for record in logs.records), expected)
+            self.assertEqual(len([r for r in logs.records if r.levelname == "ERROR"]), 1)
+
+
+# ---- server ------------------------------------------------------------------------------
+
+class DeadlineTest(LoggedTestCase):
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(socks5, "SWEEP_INTERVAL", 0.02)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_silent_client(self):
+        def converse(server):
+            self.assertEqual(read_all(self.client(server)), (b"", "end"))
+
+        line = self.log_of(converse, handshake_timeout=0.1)[0]
+        self.assertEqual(self.fields(line)["end"], "handshake-timeout")
+
+    def test_dripping_client(self):
+        client = self.client(self.serve(handshake_timeout=0.3))
+        client.settimeout(0.01)
+        drops = iter(octets("05 ff") + bytes(255))
+        with contextlib.suppress(ConnectionError):
+            while True:
+                try:
+                    client.sendall(bytes([next(drops)]))
+                    if not client.recv(1):
+                        break
+                except socket.timeout:
+                    pass  # and on to the next drop, as long as there is one
+
+    def test_handshake_timeout_does_not_end_a_relay(self):
+        with mock.patch.object(socks5.Socks5RequestHandler, "check_deadline", autospec=True,
+                               side_effect=socks5.Socks5RequestHandler.check_deadline) as check:
+            client, target = self.tunnel(self.serve(handshake_timeout=0.2))
+            swept = check.call_count
+            deadline = time.monotonic() + 0.3
+            while check.call_count < swept + 2 or time.monotonic() < deadline:
+                client.sendall(b"x")
+                self.assertEqual(read_count(target, 1), b"x")
+
+    def test_idle_relay_is_reset(self):
+        def converse(server):
+            client, target = self.tunnel(server)
+            self.assertEqual(read_all(client), (b"", "reset"))
+            self.assertEqual(read_all(target), (b"", "reset"))
+
+        line = self.log_of(converse, idle_timeout=0.1)[0]
+        self.assertEqual(self.fields(line)["end"], "idle-timeout")
+
+    def test_relay_knows_of_its_end_before_its_threads_wake(self):
+        server, known, real = self.serve(idle_timeout=0.1), [], socks5.wake
+
+        def wake(sock, how):
+            known.extend(session.relay.broken for session in server.sessions)
+            real(sock, how)
+
+        client, target = self.tunnel(server)
+        with mock.patch.object(socks5, "wake", wake):
+            read_all(client)
+        self.assertEqual(set(known), {True})
+
+    def test_linger(self):
+        def converse(server):
+            client, target = self.tunnel(server)
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(target), (b"", "end"))
+            self.assertEqual(read_all(client), (b"", "reset"))
+
+        line = self.log_of(converse, linger=0.1)[0]
+        self.assertEqual(self.fields(line)["end"], "linger-timeout")
+
+    def test_peer_that_takes_nothing_cannot_pin_a_thread(self):
+        def converse(server):
+            client, target = self.tunnel(server)
+            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while True:  # until the relay has ended under it
+                    target.sendall(bytes(MEBIBYTE))
+            self.assertEqual(read_all(client)[1], "reset")
+
+        line = self.log_of(converse, linger=0.2)[0]
+        self.assertEqual(self.fields(line)["end"], "linger-timeout")
+
+    def test_flood_cannot_outlive_a_deadline(self):
+        client, target = self.tunnel(self.serve(linger=0.2))
+        target.shutdown(socket.SHUT_WR)  # and it reads nothing, so there is no progress
+        with self.assertRaises(ConnectionError):
+            while True:
+                client.sendall(bytes(MEBIBYTE))
+
+    @unittest.skipUnless(sys.platform == "linux", "the progress of a slow reader shows on Linux")
+    def test_slow_reader_makes_progress(self):
+        listener = self.listen()
+        server = self.serve(linger=0.5)
+        client = self.own(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        client.connect(server.server_address)
+        client.sendall(octets("05 01 00 05 01 00 01 7f 00 00 01")
+                       + struct.pack(">H", listener.getsockname()[1]))
+        target = self.own(listener.accept()[0])
+        read_count(client, 12)
+        client.shutdown(socket.SHUT_WR)
+        content = pattern(8 * MEBIBYTE)
+        self.thread(lambda: (target.sendall(content), target.close()))
+        received, slow_until = 0, time.monotonic() + 2
+        while time.monotonic() < slow_until:  # four times `linger`
+            received += len(client.recv(4096))
+            time.sleep(0.01)  # this is what makes it slow
+        self.assertEqual(received + len(read_all(client)[0]), len(content))
+
+
+class ServerTest(LoggedTestCase):
+    def test_close_resets_relays_and_waits(self):
+        def converse(server):
+            client, target = self.tunnel(server)
+            self.stop(server)
+            self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
+
+        self.assertEqual(self.fields(self.log_of(converse)[0])["end"], "server-closed")
+
+    def test_close_in_every_phase(self):
+        listener, (host, port) = self.listen(), self.black_hole()
+        head = octets("05 01 00 05 01 00 01") + socket.inet_aton(host)
+        for phase, sent in [("handshake", b""), ("handshake", b"\5\1\0\5"),
+                            ("connect", head + struct.pack(">H", port)),
+                            ("connect", head + struct.pack(">H", listener.getsockname()[1])),
+                            ("refusal", octets("05 01 02"))]:
+            with self.subTest(phase), mock.patch.object(
+                    socks5, "REFUSAL_TIMEOUT", PATIENCE), socks5.Socks5Server(
+                        ("127.0.0.1", 0), connect_timeout=PATIENCE,
+                        handshake_timeout=PATIENCE) as server:
+                client = self.client(server)
+                client.sendall(sent)
+                server.handle_request()
+                while not any(session.phase == phase for session in list(server.sessions)):
+                    time.sleep(0.001)  # nothing outside tells when a session is that far
+            self.assertEqual(server.sessions, set())
+            self.assertFalse(any(thread.is_alive() for thread in server.threads))
+
+    def test_close_before_a_session_has_begun(self):
+        may_begin = threading.Event()
+
+        class Handler(socks5.Socks5RequestHandler):
+            def setup(self):
+                may_begin.wait(PATIENCE)
+                super().setup()
+
+        server = self.serve(Handler)
+        client = self.client(server)
+        while not server.threads:
+            time.sleep(0.001)  # nothing outside tells when it has been accepted
+        server.shutdown()
+        closing = self.thread(server.server_close)
+        while not server.closed:
+            time.sleep(0.001)
+        may_begin.set()
+        closing.join(PATIENCE)
+        self.assertEqual(read_all(client), (b"", "end"))
+
+    def test_thread_that_cannot_be_started_costs_its_client_only(self):
+        start = threading.Thread.start
+        failures = iter([RuntimeError("can't start new thread")])
+
+        def fail_once(thread):
+            for failure in failures:
+                raise failure
+            start(thread)
+
+        with self.assertLogs("socks5", "ERROR") as logs:
+            server = self.serve()
+            with mock.patch("threading.Thread.start", fail_once):
+                self.assertEqual(read_all(self.client(server)), (b"", "end"))
+            self.tunnel(server)
+        self.assertIn("error=RuntimeError", logs.output[0])
+
+    def test_second_thread_that_cannot_be_started(self):
+        listener = self.listen()
+        server = self.serve()
+        with mock.patch.object(socks5.Relay, "run", side_effect=RuntimeError("no new thread")):
+            client, reply = self.request(server, listener.getsockname()[1])
+            self.assertEqual(reply[1], Reply.SUCCEEDED)
+            self.assertEqual(read_all(client), (b"", "reset"))
+
+    def test_six_hundred_tunnels(self):
+        port, server = self.echo(), self.serve()
+        clients = [self.request(server, port)[0] for _ in range(600)]
+        for client in clients:
+            client.sendall(b"ping")
+        for client in clients:
+            self.assertEqual(read_count(client, 4), b"ping")
+            client.close()
+
+    def test_a_thousand_short_sessions(self):
+        port, server = self.echo(), self.serve()
+        for _ in range(1000):
+            client, _ = self.request(server, port)
+            client.sendall(b"ping")
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(client), (b"ping", "end"))
+            client.close()
+        self.stop(server)
+        self.assertEqual(server.sessions, set())
+
+
+# ---- command line ------------------------------------------------------------------------
+
+class CommandTestCase(TestCase):
+    """Tests of commands in a process of their own."""
+
+    def start(self, *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, descriptors=None):
+        """A Python that runs `command`, perhaps with few descriptors."""
+        def prepare():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if descriptors:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+        process = subprocess.Popen(
+            (sys.executable,) + command, cwd=HERE, stdout=stdout, stderr=stderr,
+            universal_newlines=True, preexec_fn=prepare)
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                self.addCleanup(stream.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        return process
+
+    def port(self, process):
+        """The port in the first line that `process` prints."""
+        return int(re.search(r" port (\d+) ", process.stdout.readline()).group(1))
+
+    def fail(self, *command, **settings):
+        """The exit status of `command`, and what it says."""
+        process = self.start(*command, **settings)
+        err = process.communicate(timeout=PATIENCE)[1]
+        self.assertNotIn("Traceback", err)
+        return process.returncode, err
+
+
+@unittest.skipUnless(os.name == "posix", "signals and descriptors as POSIX has them")
+class CommandLineTest(CommandTestCase):
+    def test_start_line_and_interrupt(self):
+        for address, url in [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")][:1 + has_ipv6()]:
+            process = self.start("socks5.py", "-b", address, "0")
+            line = process.stdout.readline()
+            self.assertRegex(line, r"^Serving SOCKS5 on %s port (\d+) \(socks5h://%s:\1\) \.\.\.$"
+                             % (address, re.escape(url)))
+            port = int(line.split()[5])
+            client = self.own(socket.create_connection((address, port)))
+            client.sendall(octets("05 01 00"))
+            self.assertEqual(read_count(client, 2), octets("05 00"))
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out), (0, "Interrupted, ending.\n"))
+            self.assertRegex(err, r"^\S+ \S+ INFO session client=.* end=server-closed\n$")
+
+    def test_port_in_use(self):
+        taken = str(self.listen().getsockname()[1])
+        status, err = self.fail("socks5.py", taken)
+        self.assertEqual(status, 1)
+        self.assertRegex(err, r"^socks5\.py: cannot serve on 127\.0\.0\.1 port %s: .+\n$" % taken)
+
+    def test_address_that_is_not_ours(self):
+        for address in ("192.0.2.1", "2001:db8::1", "nobody.invalid"):
+            status, err = self.fail("socks5.py", "--open", "-b", address, "0")
+            self.assertEqual((status, err.count("\n")), (1, 1), err)
+
+    def test_open_proxy_is_refused(self):
+        for address in ("0.0.0.0", "::", "192.0.2.1", ""):
+            status, err = self.fail("socks5.py", "-b", address, "0")
+            self.assertEqual(status, 2)
+            self.assertIn("--users", err)
+            self.assertIn("--open", err)
+
+    def test_open_proxy_on_demand(self):
+        process = self.start("socks5.py", "--open", "-b", "0.0.0.0", "0")
+        self.own(socket.create_connection(("127.0.0.1", self.port(process))))
+
+    def test_usage_errors(self):
+        for arguments in (["65536"], ["-1"], ["x"], ["--linger", "0"], ["--linger", "nan"],
+                          ["--idle-timeout", "inf"], ["--connect-timeout", "x"],
+                          ["-q", "-v"], ["--no-such"], ["--users", os.path.join(HERE, "none")],
+                          ["--users", HERE]):
+            with self.subTest(arguments):
+                self.assertEqual(self.fail("socks5.py", *arguments)[0], 2)
+
+    def test_version_and_help(self):
+        for option in ("--version", "--help"):
+            process = self.start("socks5.py", option)
+            self.assertIn("socks5", process.communicate(timeout=PATIENCE)[0])
+            self.assertEqual(process.returncode, 0)
+
+    def users_file(self, content, mode):
+        handle, path = tempfile.mkstemp(".users")
+        self.addCleanup(os.remove, path)
+        os.write(handle, content)
+        os.close(handle)
+        os.chmod(path, mode)
+        return path
+
+    def test_bad_users_file(self):
+        path = self.users_file(b"alice:secret\nhunter2\n", 0o600)
+        status, err = self.fail("socks5.py", "--users", path, "0")
+        self.assertEqual(status, 2)
+        self.assertIn("%s, line 2" % path, err)
+        self.assertNotIn("hunter2", err)
+
+    def test_users(self):
+        for mode, warning in ((0o600, False), (0o644, True)):
+            path = self.users_file(b"alice:secret\n", mode)
+            process = self.start("socks5.py", "-q", "-b", "0.0.0.0", "--users", path, "0")
+            client = self.own(socket.create_connection(("127.0.0.1", self.port(process))))
+            client.sendall(octets(LOGIN))
+            self.assertEqual(read_count(client, 4), octets("05 02 01 00"))
+            process.send_signal(signal.SIGINT)
+            self.assertEqual("chmod o-r" in process.communicate(timeout=PATIENCE)[1], warning)
+
+    def test_quiet(self):
+        process = self.start("socks5.py", "-q", "0")
+        self.own(socket.create_connection(("127.0.0.1", self.port(process)))).close()
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.communicate(timeout=PATIENCE)[1], "")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full to be a full disk")
+    def test_full_disk(self):
+        with open("/dev/full", "w") as full:
+            process = self.start("socks5.py", "0", stderr=full)
+            status, err = self.fail("-c", "import socks5; socks5.announce('')", stdout=full)
+        self.assertEqual((status, err), (0, ""))
+        port = self.port(process)
+        for _ in range(2):  # the first session's line could not be written
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(octets("05 01 02"))
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(client), (octets("05 ff"), "end"))
+
+    @unittest.skipUnless(os.path.isdir("/proc/self"), "no /proc to read a process's time from")
+    def test_descriptors_exhausted_and_recovered(self):
+        process = self.start("socks5.py", "-q", "--handshake-timeout", str(2 * PATIENCE), "0",
+                             descriptors=32)
+        address = ("127.0.0.1", self.port(process))
+        clients = [self.own(socket.create_connection(address)) for _ in range(60)]
+        self.assertIn("clients have to wait", process.stderr.readline())
+        before = self.cpu_seconds(process)
+        time.sleep(1)  # this is the second that is measured
+        self.assertLess(self.cpu_seconds(process) - before, 0.5)
+        queued = clients.pop()
+        for client in clients:
+            client.close()
+        queued.sendall(octets(GREET))
+        self.assertEqual(read_count(queued, 2), octets("05 00"))
+        with socket.create_connection(address) as client:
+            client.sendall(octets(GREET))
+            self.assertEqual(read_count(client, 2), octets("05 00"))
+
+    def cpu_seconds(self, process):
+        with open("/proc/%d/stat" % process.pid) as file:
+            user, system = file.read().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+# ---- the echo server ---------------------------------------------------------------------
+
+@unittest.skipUnless(os.name == "posix", "signals as POSIX has them")
+class EchoServerTest(CommandTestCase):
+    def test_tcp_and_udp(self):
+        process = self.start("echo_server.py", "0")
+        address = ("127.0.0.1", self.port(process))
+        client = self.own(socket.create_connection(address))
+        content = pattern(MEBIBYTE)
+        self.thread(lambda: (client.sendall(content), client.shutdown(socket.SHUT_WR)))
+        self.assertEqual(read_all(client), (content, "end"))
+        with self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            for datagram in (b"", b"ping", bytes(9000)):
+                sock.sendto(datagram, address)
+                self.assertEqual(sock.recv(65536), datagram)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.communicate(timeout=PATIENCE), ("Interrupted, ending.\n", ""))
+        self.assertEqual(process.returncode, 0)
+
+    def test_port_in_use(self):
+        taken = str(self.listen().getsockname()[1])
+        status, err = self.fail("echo_server.py", taken)
+        self.assertEqual((status, err.count("\n")), (1, 1))
+
+
+# ---- README ------------------------------------------------------------------------------
+
+def readme():
+    """The text of README.md."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+class ReadmeTest(CommandTestCase):
+    def test_options_are_those_of_the_command(self):
+        option = r"(?<![\w-])--?[a-z][a-z-]*(?: [A-Z]+)?"
+        usage = socks5.make_parser().format_help()
+        table = re.findall(r"^\| `(.+?)` \|", readme(), re.MULTILINE)
+        described = {name for row in table for name in re.findall(option, row)}
+        self.assertEqual(described, set(re.findall(option, usage.split("\n\n", 2)[2])))
+
+    def test_defaults_are_those_of_the_command(self):
+        actions = socks5.make_parser()._actions
+        defaults = {action.option_strings[-1]: action.default for action in actions
+                    if action.option_strings and action.nargs is None and action.default}
+        for option, default in defaults.items():
+            row = re.search(r"^\| `.*%s [A-Z]+` \|.*$" % option, readme(), re.MULTILINE).group()
+            self.assertIn(" %s |" % (default if isinstance(default, str) else "%g" % default), row)
+
+    def test_usage(self):
+        with mock.patch.dict(os.environ, COLUMNS="80"):
+            usage = socks5.make_parser().format_usage()
+        usage = " ".join(usage.replace("usage: ", "").split())
+        self.assertIn(usage, " ".join(readme().split()))
+
+    def test_hooks_exist_and_replies_are_named(self):
+        for name in re.findall(r"^\| `(\w+)\(", readme(), re.MULTILINE):
+            self.assertTrue(hasattr(socks5.Socks5RequestHandler, name)
+                            or hasattr(socks5.Socks5Server, name), name)
+        replies = re.findall(r"^\| (\d) (.+?) \|", readme(), re.MULTILINE)
+        self.assertEqual(replies, [(str(int(reply)), reply.phrase) for reply in Reply])
+
+    def test_embedding_examples(self):
+        blocks = re.findall(r"^```python\n(.+?)^```", readme(), re.MULTILINE | re.DOTALL)
+        self.assertTrue(blocks)
+        replies = []
+
+        def serve_once(server):
+            self.thread(socketserver.BaseServer.serve_forever, server, 0.02)
+            replies.append(self.request(server, 22)[1][1])
+            server.shutdown()
+
+        with mock.patch.object(socks5.Socks5Server, "serve_forever", serve_once):
+            for block in blocks:
+                exec(block.replace("1080", "0"), {})
+        self.assertEqual(replies, [Reply.NOT_ALLOWED] * len(blocks))
+
+    def test_docstring_example_is_the_same(self):
+        example = re.search(r"^    class .+?serve_forever\(\)$", socks5.__doc__,
+                            re.MULTILINE | re.DOTALL).group()
+        self.assertIn(re.sub("^    ", "", example, flags=re.MULTILINE), readme())
+
+    @unittest.skipUnless(shutil.which("nc") and shutil.which("curl"), "no nc or no curl here")
+    def test_first_commands(self):
+        ports = {}
+        block = re.search(r"^```sh\n(.+?)^```", readme(), re.MULTILINE | re.DOTALL).group(1)
+        for command, output in re.findall(r"^(\w.+?)(?: +#.*)?\n# (.+\n)", block, re.MULTILINE):
+            for known, real in ports.items():
+                command, output = command.replace(known, real), output.replace(known, real)
+            if " port " not in output:  # it is a client
+                said = subprocess.check_output(command, shell=True, timeout=PATIENCE,
+                                               universal_newlines=True)
+                self.assertEqual(said.rstrip(), output.rstrip())
+                continue
+            words = [word for word in command.split()[1:] if not word.isdigit()]
+            line = self.start("-u", *words, "0").stdout.readline()
+            known, real = (re.search(r" port (\d+) ", text).group(1) for text in (output, line))
+            ports[known] = real
+            self.assertEqual(line.replace(real, known), output)
+        self.assertEqual(len(ports), 3)
+
+
+# ---- clients of others -------------------------------------------------------------------
+
+class ClientsTest(TestCase):
+    def run_client(self, *command, **settings):
+        """What `command`, with the port of a server for {}, prints."""
+        port = self.serve(**settings).server_address[1]
+        return subprocess.check_output([word.format(port) for word in command],
+                                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       timeout=PATIENCE)
+
+    def web_server(self):
+        """The URL of a page that says "page"."""
+        listener = self.listen()
+
+        def answer():
+            sock = self.own(listener.accept()[0])
+            while b"\r\n\r\n" not in sock.recv(65536):
+                pass
+            sock.sendall(b"HTTP/1.0 200 OK\r\n\r\npage")
+            sock.close()
+
+        self.thread(answer)
+        return "http://localhost:%d/" % listener.getsockname()[1]
+
+    @unittest.skipUnless(shutil.which("curl"), "no curl here")
+    def test_curl(self):
+        for scheme in ("socks5", "socks5h"):
+            self.assertEqual(self.run_client("curl", "-s", "-x", scheme + "://127.0.0.1:{}",
+                                             self.web_server()), b"page")
+        self.assertEqual(self.run_client(
+            "curl", "-s", "-x", "socks5h://alice:secret@127.0.0.1:{}", self.web_server(),
+            users=USERS), b"page")
+
+    @unittest.skipUnless(shutil.which("nc"), "no nc here")
+    def test_nc(self):
+        said = self.run_client(
+            "sh", "-c", "printf hello | nc -N -X 5 -x 127.0.0.1:{} 127.0.0.1 %d" % self.echo())
+        self.assertEqual(said, b"hello")
+
+    @unittest.skipUnless(shutil.which("ssh") and shutil.which("nc"), "no ssh or no nc here")
+    def test_ssh_by_proxy_command(self):
+        listener, banners = self.listen(), []
+
+        def answer():
+            with self.own(listener.accept()[0]) as sock:
+                sock.sendall(b"SSH-2.0-nobody\r\n")
+                banners.append(sock.recv(8))
+
+        thread = self.thread(answer)
+        with self.assertRaises(subprocess.CalledProcessError):  # that was not an ssh server
+            self.run_client("ssh", "-F", "none", "-o", "BatchMode=yes", "-o",
+                            "ProxyCommand=nc -X 5 -x 127.0.0.1:{} %h %p",
+                            "-p", str(listener.getsockname()[1]), "127.0.0.1", "true")
+        thread.join(PATIENCE)
+        self.assertEqual(banners, [b"SSH-2.0-"])
+
+
+if __name__ == "__main__":
+    unittest.main()
