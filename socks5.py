@@ -533,8 +533,9 @@ class Flow:
         A slow reader's progress is seen here only: sendall() waits for all it was given.
         """
         if sys.platform == "linux" and self.waiting_on is self.sink:
-            queued = fcntl.ioctl(self.sink, termios.TIOCOUTQ, bytes(4))
-            return int.from_bytes(queued, sys.byteorder)
+            with contextlib.suppress(OSError):
+                queued = fcntl.ioctl(self.sink, termios.TIOCOUTQ, bytes(4))
+                return int.from_bytes(queued, sys.byteorder)
         return 0
 
 
@@ -577,10 +578,10 @@ class Relay:
             # one read an end; but a socket that has lost its peer was reset, as long as we
             # have not ended it ourselves.
             flow.source.getpeername()
+        self.end = self.end or self.names[flow.source] + "-closed"
         flow.waiting_on = flow.sink
         flow.running = False  # before the shutdown(), for the sake of the check above
         flow.sink.shutdown(socket.SHUT_WR)
-        self.end = self.end or self.names[flow.source] + "-closed"
 
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Wake the other thread, which still delivers what it has."""
@@ -613,12 +614,6 @@ class Relay:
 REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
 
 
-def escape(value: object) -> str:
-    """`value` as one word of ASCII, so that nothing from the network can forge a log line."""
-    word = str(value).encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
-    return word or "-"
-
-
 class Socks5RequestHandler(socketserver.StreamRequestHandler):
     """One client's conversation. Override its hooks (see above) and pass it to the server."""
 
@@ -640,7 +635,10 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             ["client", "user", "command", "destination", "reached", "reply"], "")
         self.fields["client"] = Address.of(self.client_address)
         self.enter("handshake", self.server.handshake_timeout)
-        self.server.begin(self)
+        with self.server.lock:
+            self.server.sessions.add(self)
+            if self.server.closed:
+                self.hang_up("server-closed")
 
     def handle(self) -> None:
         """The conversation, and the one place where failures become octets."""
@@ -654,7 +652,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def finish(self) -> None:
         """End the session: close its sockets, log it."""
-        self.server.forget(self)
+        with self.server.lock:
+            self.server.sessions.discard(self)
         super().finish()
         for sock in self.sockets:
             if self.relay and not self.relay.complete:
@@ -709,10 +708,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         except (EOFError, ProtocolError):
             raise
         except Exception as error:
+            if self.reply is not None:  # after it there is nothing to be said any more
+                raise
+            self.reply = reply_for(error)
             foreseen = isinstance(error, (RequestError, OSError))
-            if self.reply is None:
-                self.reply = reply_for(error)
-                self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
+            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
             if not foreseen:
                 raise
 
@@ -805,9 +805,15 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             wake(sock, socket.SHUT_RD)
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
-        """Log `event` and what is known of it, at a level of `logging`."""
-        words = ["%s=%s" % (name, escape(value)) for name, value in fields.items()]
-        log.log(level, "%s %s", event, " ".join(words))
+        """Log `event` and what is known of it, at a level of `logging`.
+
+        Each value becomes one word of ASCII: nothing from the network can forge a line.
+        """
+        line = event
+        for name, value in fields.items():
+            word = str(value).encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
+            line += " %s=%s" % (name, word or "-")
+        log.log(level, "%s", line)
 
 
 # ---- server: who is here, and until when -------------------------------------------------
@@ -892,18 +898,6 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         log.error("session failed client=%s error=%s", Address.of(client_address),
                   kind.__name__, exc_info=log.isEnabledFor(logging.DEBUG))
 
-    def begin(self, session: Socks5RequestHandler) -> None:
-        """Keep the deadline of `session` from now on."""
-        with self.lock:
-            self.sessions.add(session)
-            if self.closed:
-                session.hang_up("server-closed")
-
-    def forget(self, session: Socks5RequestHandler) -> None:
-        """Leave `session` alone: it is about to close its sockets."""
-        with self.lock:
-            self.sessions.discard(session)
-
     def service_actions(self) -> None:
         """Hang up on the sessions past their deadline. ``serve_forever`` calls it often."""
         now = time.monotonic()
@@ -945,7 +939,8 @@ def seconds(text: str) -> float:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).")
+        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
+        allow_abbrev=False)
     add = parser.add_argument
     add("port", nargs="?", type=port_number, default=1080,
         help="port to serve on, 0 for any that is free (default: %(default)s)")
@@ -1018,14 +1013,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("socks5.py: cannot serve on %s port %d: %s"
               % (args.bind, args.port, error.strerror), file=sys.stderr)
         return 1
-    with server:
+    with contextlib.suppress(KeyboardInterrupt), server:
         address = Address.of(server.server_address)
         announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
         if args.users and os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
             log.warning("others can read %s: chmod o-r it", args.users)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
-        announce("Interrupted, ending.")
+        server.serve_forever()
+    announce("Interrupted, ending.")
     return 0
 
 
