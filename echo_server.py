@@ -12,7 +12,7 @@ import contextlib
 import socketserver
 import sys
 import threading
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 BUFFER = 64 * 1024  # octets
 
@@ -51,16 +51,20 @@ class DatagramEchoServer(socketserver.UDPServer):
     max_packet_size = 64 * 1024
 
 
-def serve(address: Tuple[str, int]) -> None:
-    """Serve over both until Ctrl-C. OSError if the port cannot be had."""
-    with EchoServer(address, EchoRequestHandler) as tcp, \
-            DatagramEchoServer(tcp.server_address[:2], DatagramRequestHandler) as udp:
-        print("Echoing TCP and UDP on %s port %d ..." % tcp.server_address[:2], flush=True)
-        threading.Thread(target=udp.serve_forever, daemon=True).start()
-        with contextlib.suppress(KeyboardInterrupt):
-            tcp.serve_forever()
-        udp.shutdown()
-        print("Interrupted, ending.")
+def announce(line: str) -> None:
+    """Print `line`, if anybody can read it."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def serve(tcp: EchoServer, udp: DatagramEchoServer) -> None:
+    """Serve over both until Ctrl-C."""
+    announce("Echoing TCP and UDP on %s port %d ..." % (*tcp.server_address[:2],))
+    threading.Thread(target=udp.serve_forever, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        tcp.serve_forever()
+    udp.shutdown()
+    announce("Interrupted, ending.")
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -73,11 +77,14 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help="address to serve on (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        serve((args.bind, args.port))
+        tcp = EchoServer((args.bind, args.port), EchoRequestHandler)
+        udp = DatagramEchoServer(tcp.server_address[:2], DatagramRequestHandler)
     except (OSError, OverflowError) as error:
         print("echo_server.py: cannot serve on %s port %d: %s" % (args.bind, args.port, error),
               file=sys.stderr)
         return 1
+    with tcp, udp:
+        serve(tcp, udp)
     return 0
 
 

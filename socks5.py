@@ -55,6 +55,7 @@ import itertools
 import logging
 import os
 import selectors
+import signal
 import socket
 import socketserver
 import stat
@@ -128,11 +129,10 @@ class Reply(enum.IntEnum):
 # ---- failures: they travel up to the handler, which turns them into octets ---------------
 
 class ProtocolError(Exception):
-    """The client cannot be served: send it `answer`, if that is not empty, and hang up."""
+    """The client cannot be served, for this reason: send it `answer`, if any, and hang up."""
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         super().__init__(reason)
-        self.reason = reason
         self.answer = answer
 
 
@@ -145,7 +145,7 @@ class RequestError(Exception):
 
 
 REPLIES = {
-    errno.EACCES: Reply.NOT_ALLOWED,  # says a packet filter of this host
+    errno.EACCES: Reply.NOT_ALLOWED,  # a packet filter of this host refuses
     errno.EPERM: Reply.NOT_ALLOWED,
     errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
@@ -168,13 +168,12 @@ def reply_for(error: Exception) -> Reply:
 # ---- frames: each is drawn as the RFC draws it -------------------------------------------
 
 def read_exactly(stream: Any, count: int) -> bytes:
-    """`count` octets, however they arrive; EOFError if the stream ends or breaks before."""
-    try:
-        octets: bytes = stream.read(count)
-    except OSError as error:
-        raise EOFError("broken within a frame") from error
+    """`count` octets, however they arrive; ProtocolError if the stream ends or breaks before."""
+    octets = b""
+    with contextlib.suppress(OSError):
+        octets = stream.read(count)
     if len(octets) < count:
-        raise EOFError("ended within a frame")
+        raise ProtocolError("client-left")
     return octets
 
 
@@ -230,9 +229,9 @@ class Address(NamedTuple):
         """From a frame; RequestError for an unknown address type, whose length is unknown."""
         kind = read_exactly(stream, 1)[0]
         if kind == AddressType.IPV4:
-            host = str(ipaddress.IPv4Address(read_exactly(stream, 4)))
+            host = socket.inet_ntop(socket.AF_INET, read_exactly(stream, 4))
         elif kind == AddressType.IPV6:
-            host = str(ipaddress.IPv6Address(read_exactly(stream, 16)))
+            host = socket.inet_ntop(socket.AF_INET6, read_exactly(stream, 16))
         elif kind == AddressType.DOMAIN_NAME:
             host = read_counted(stream).decode("utf-8", "surrogateescape")
         else:
@@ -240,18 +239,23 @@ class Address(NamedTuple):
         return cls(host, int.from_bytes(read_exactly(stream, 2), "big"))
 
     def pack(self) -> bytes:
-        """For a frame; ValueError for a name, which nothing that we send contains."""
-        ip = ipaddress.ip_address(self.host)
-        kind = AddressType.IPV4 if ip.version == 4 else AddressType.IPV6
-        return bytes([kind]) + ip.packed + self.port.to_bytes(2, "big")
+        """For a frame; OSError for a name, which nothing that we send contains."""
+        if ":" in self.host:
+            head = bytes([AddressType.IPV6]) + socket.inet_pton(socket.AF_INET6, self.host)
+        else:
+            head = bytes([AddressType.IPV4]) + socket.inet_pton(socket.AF_INET, self.host)
+        return head + self.port.to_bytes(2, "big")
 
     @classmethod
     def of(cls, sockaddr: Any) -> "Address":
         """From what ``getsockname`` gives; IPv4 mapped into IPv6 as the IPv4 that it is."""
         if not isinstance(sockaddr, tuple):  # a hook's socket can be of any family
             return UNSPECIFIED
-        ip = ipaddress.ip_address(sockaddr[0].partition("%")[0])
-        return cls(str(getattr(ip, "ipv4_mapped", None) or ip), sockaddr[1])
+        host, port = sockaddr[:2]
+        if ":" in host:
+            ip = ipaddress.IPv6Address(host.partition("%")[0])
+            host = str(ip.ipv4_mapped or ip)
+        return cls(host, port)
 
     def __str__(self) -> str:
         return ("[%s]:%d" if ":" in self.host else "%s:%d") % self[:2]
@@ -272,7 +276,7 @@ class Request(NamedTuple):
 
     @classmethod
     def read(cls, stream: Any) -> "Request":
-        """From a frame: all of it, so that it can be judged when nothing is left unread."""
+        """From a frame, all of it before any of it is judged."""
         read_version(stream, VERSION)
         command, _reserved = read_exactly(stream, 2)
         return cls(command, Address.read(stream))
@@ -280,8 +284,8 @@ class Request(NamedTuple):
     @property
     def command_name(self) -> str:
         """The command's name, or the number of one that has none."""
-        known = [command.name for command in Command if command == self.command]
-        return known[0] if known else str(self.command)
+        return next((command.name for command in Command if command == self.command),
+                    str(self.command))
 
 
 # +----+-----+-------+------+----------+----------+
@@ -304,18 +308,19 @@ def load_users(path: str) -> Dict[str, str]:
     """
     users: Dict[str, str] = {}
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith(b"#"):
-                continue
+        for number, octets in enumerate(lines, 1):
             where = "%s, line %d: " % (path, number)
             try:
-                name, _, password = line.rstrip(b"\r\n").decode("utf-8-sig").partition(":")
+                line = octets.decode("utf-8-sig").rstrip("\r\n")
             except UnicodeDecodeError:
                 raise ValueError(where + "not UTF-8") from None
+            if not line.strip() or line.startswith("#"):
+                continue
+            name, _, password = line.partition(":")
             if not all(1 <= len(text.encode()) <= 255 for text in (name, password)):
                 raise ValueError(where + "not name:password, with 1 to 255 octets each")
             if name in users:
-                raise ValueError(where + "this name has been there before")
+                raise ValueError(where + "a name that stands above already")
             users[name] = password
     if not users:
         raise ValueError("%s: no users in it" % path)
@@ -329,7 +334,8 @@ def load_users(path: str) -> Dict[str, str]:
 # connect wins (RFC 8305, "Happy Eyeballs"). One deadline covers all of it. When all fail,
 # the first address's error counts: it is the one that the resolver thinks best.
 
-ATTEMPT_DELAY = 0.25  # seconds (RFC 8305 section 5)
+ATTEMPT_DELAY = 0.25  # seconds before the next attempt (RFC 8305 section 5)
+LONG_WAIT = 3600.0    # seconds, when there is no next attempt; poll() counts in milliseconds
 
 SocketAddress = Tuple[int, Tuple[Any, ...]]  # a family, and what ``connect`` takes for it
 Prepare = Callable[[socket.socket], None]
@@ -365,7 +371,7 @@ def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(timeout)
+    thread.join(min(timeout, threading.TIMEOUT_MAX))
     answer = answers[0] if answers else socket.timeout("the resolver is too slow")
     if isinstance(answer, Exception):
         raise answer
@@ -374,13 +380,12 @@ def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
 
 def resolve(destination: Address, deadline: float) -> List[SocketAddress]:
     """The addresses of `destination`, best first, by `deadline` (on the monotonic clock)."""
-    try:
-        ip = ipaddress.ip_address(destination.host)
-    except ValueError:
-        name = encode_name(destination.host)
-        return look_up(name, destination.port, max(0, deadline - time.monotonic()))
-    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
-    return [(family, (str(ip), destination.port))]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):  # it is no literal of this family
+            socket.inet_pton(family, destination.host)
+            return [(family, tuple(destination))]
+    name = encode_name(destination.host)
+    return look_up(name, destination.port, max(0, deadline - time.monotonic()))
 
 
 def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
@@ -413,7 +418,6 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
         sock: Any = attempts.unregister(key.fileobj).fileobj
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code:
-            sock.setblocking(True)
             return sock  # type: ignore[no-any-return]
         errors[key.data] = OSError(code, os.strerror(code))
         sock.close()
@@ -424,7 +428,8 @@ def dial(addresses: List[SocketAddress], deadline: float,
          prepare: Prepare = lambda sock: None) -> socket.socket:
     """A socket connected to one of `addresses` by `deadline` (on the monotonic clock).
 
-    `prepare` is called with each socket before it connects. Raises OSError.
+    `prepare` is called with each socket before it connects. The one that is returned is in
+    non-blocking mode. Raises OSError.
     """
     waiting = list(enumerate(interleave(addresses)))
     errors: Dict[int, OSError] = {}
@@ -439,7 +444,7 @@ def dial(addresses: List[SocketAddress], deadline: float,
                     except OSError as error:
                         errors[number] = error
                         continue
-                patience = ATTEMPT_DELAY if waiting else NEVER
+                patience = ATTEMPT_DELAY if waiting else LONG_WAIT
                 connected = winner(attempts, errors, min(deadline, time.monotonic() + patience))
                 if connected:
                     return connected
@@ -451,10 +456,10 @@ def dial(addresses: List[SocketAddress], deadline: float,
 
 # ---- relaying: two flows, each in a thread, joined when both have ended ------------------
 #
-# The seed ends a session at the first close and loses what is on its way in the other
-# direction. Here a close is passed on as a half-close, and the other flow goes on. A reset
-# is passed on as a reset. Nothing is queued: a flow reads when its sink has taken what it
-# has read, so a slow reader slows the writer down.
+# A relay that ends at the first close loses what is on its way in the other direction. Here a
+# close is passed on as a half-close, and the other flow goes on. A reset is passed on as a
+# reset. Nothing is queued: a flow reads only when its sink has taken what was read before, so
+# that a slow reader slows the writer down.
 
 SMALL_BUFFER = 4 * 1024    # octets, for an idle flow
 LARGE_BUFFER = 256 * 1024  # octets, for a busy one
@@ -512,20 +517,20 @@ class Flow:
     def pass_on(self, octets: memoryview) -> None:
         """Wait until the sink has taken `octets`."""
         self.waiting_on = self.sink
-        if not self.stopped:
-            self.sink.sendall(octets)
-            self.octets += len(octets)
+        self.sink.sendall(octets)
+        self.octets += len(octets)
         self.waiting_on = self.source
 
     def stop(self) -> None:
-        """Have the thread leave, from another one, without telling the peers of an end.
+        """Have the thread leave; called from another one, and again while it does not.
 
-        Only a sink that takes nothing is shut down: what it has yet to take comes first.
+        No peer is to take this for the other's end, so a sink is shut down only when asked
+        again: it is stuck then, and the octets in its queue come before the end.
         """
-        self.stopped = True
         wake(self.source, socket.SHUT_RD)
-        if self.waiting_on is self.sink:
+        if self.stopped and self.waiting_on is self.sink:
             wake(self.sink, socket.SHUT_WR)
+        self.stopped = True
 
     def backlog(self) -> int:
         """Octets that the sink has been sent and has not acknowledged, where Linux tells.
@@ -533,7 +538,7 @@ class Flow:
         A slow reader's progress is seen here only: sendall() waits for all it was given.
         """
         if sys.platform == "linux" and self.waiting_on is self.sink:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 queued = fcntl.ioctl(self.sink, termios.TIOCOUTQ, bytes(4))
                 return int.from_bytes(queued, sys.byteorder)
         return 0
@@ -570,13 +575,13 @@ class Relay:
             flow.running = False
 
     def pass_on_end(self, flow: Flow, other: Flow) -> None:
-        """Half-close the sink, unless the source's end is none."""
+        """Half-close the sink; OSError if the end was a reset."""
         if self.broken:
             return
         if other.running:
-            # A reset is reported once. If the other thread was told of it as it sent, this
-            # one read an end; but a socket that has lost its peer was reset, as long as we
-            # have not ended it ourselves.
+            # A reset is reported once. If the other thread heard of it while it was sending,
+            # this one has read an end. The socket has no peer any more, then; after a real
+            # end it has one, as long as the other flow has not ended.
             flow.source.getpeername()
         self.end = self.end or self.names[flow.source] + "-closed"
         flow.waiting_on = flow.sink
@@ -644,11 +649,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """The conversation, and the one place where failures become octets."""
         try:
             self.negotiate()
-            self.serve_request()
+            request = Request.read(self.rfile)
         except ProtocolError as error:
-            self.refuse(error.answer, error.reason)
-        except (EOFError, OSError):
-            self.conclude("client-left")
+            self.refuse(error.answer, str(error))
+        except RequestError as error:
+            self.fail_request(error)
+        else:
+            self.serve_request(request)
 
     def finish(self) -> None:
         """End the session: close its sockets, log it."""
@@ -672,7 +679,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         method = self.select_method(read_methods(self.rfile))
         if method == Method.NO_ACCEPTABLE_METHODS:
             raise ProtocolError("no-acceptable-method", bytes([VERSION, method]))
-        self.wfile.write(bytes([VERSION, method]))
+        self.send(bytes([VERSION, method]))
         if method == Method.USERNAME_PASSWORD:
             self.log_in()
 
@@ -691,7 +698,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
                              {"client": self.fields["client"], "user": user})
             raise ProtocolError("login-failed", bytes([LOGIN_VERSION, 1]))
         self.fields["user"] = user
-        self.wfile.write(bytes([LOGIN_VERSION, 0]))
+        self.send(bytes([LOGIN_VERSION, 0]))
 
     def authenticate(self, username: bytes, password: bytes) -> bool:
         """Whether these are a user's. An unknown user takes as long as a wrong password."""
@@ -699,22 +706,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         matches = hmac.compare_digest(expected or b"", password)
         return matches and expected is not None
 
-    def serve_request(self) -> None:
-        """Read the request and carry it out. Exactly one reply comes of it (section 6)."""
+    def serve_request(self, request: Request) -> None:
+        """Carry the request out. Exactly one reply comes of it (section 6)."""
+        self.fields.update(command=request.command_name, destination=request.destination)
         try:
-            request = Request.read(self.rfile)
-            self.fields.update(command=request.command_name, destination=request.destination)
             self.perform(request)
-        except (EOFError, ProtocolError):
-            raise
         except Exception as error:
-            if self.reply is not None:  # after it there is nothing to be said any more
-                raise
-            self.reply = reply_for(error)
-            foreseen = isinstance(error, (RequestError, OSError))
-            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
-            if not foreseen:
-                raise
+            self.fail_request(error)
 
     def perform(self, request: Request) -> None:
         """Find the method for the command, ask `authorize`, and call it."""
@@ -725,6 +723,17 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             raise RequestError(Reply.NOT_ALLOWED)
         command(request.destination)
 
+    def fail_request(self, error: Exception) -> None:
+        """Turn `error` into the reply. After a reply there is nothing left to say."""
+        foreseen = isinstance(error, (RequestError, OSError))
+        if self.reply is None:
+            self.reply = reply_for(error)
+            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
+        elif foreseen:
+            self.conclude("client-reset")
+        if not foreseen:
+            raise error
+
     def authorize(self, destination: Address) -> bool:
         """Whether the client may go to `destination`, as it asked for it."""
         return True
@@ -734,27 +743,34 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.enter("connect", NEVER)  # connect() has a deadline of its own
         target = self.connect(destination)
         self.adopt(target)
+        target.setblocking(True)
         tune(target)
         with contextlib.suppress(OSError):  # it may be gone already
             self.fields["reached"] = Address.of(target.getpeername())
-        self.reply = Reply.SUCCEEDED
-        self.wfile.write(pack_reply(self.reply, Address.of(target.getsockname())))
+        answer = pack_reply(Reply.SUCCEEDED, Address.of(target.getsockname()))
         self.relay = Relay(self.connection, target, self.rfile.read1)
-        if self.hung_up:  # before there was a relay to stop
-            self.relay.stop()
+        self.reply = Reply.SUCCEEDED
+        self.wfile.write(answer)
         self.relay.run()
         self.conclude(self.relay.end)
 
     def connect(self, destination: Address) -> socket.socket:
-        """A connected socket in blocking mode, within ``server.connect_timeout`` seconds.
+        """A connected socket, within ``server.connect_timeout`` seconds; the caller closes it.
 
-        The caller closes it. Raises RequestError, or what `reply_for` has a reply for.
+        Raises RequestError, or OSError: `reply_for` turns its ``errno`` into a reply.
         """
         deadline = time.monotonic() + self.server.connect_timeout
         return dial(resolve(destination, deadline), deadline, self.adopt)
 
+    def send(self, octets: bytes) -> None:
+        """Send a part of the negotiation."""
+        try:
+            self.wfile.write(octets)
+        except OSError as error:
+            raise ProtocolError("client-left") from error
+
     def refuse(self, answer: bytes, end: str) -> None:
-        """Send `answer`, if there is one, and wait until the client has had time to read it.
+        """Send `answer`, if there is one, and give the client time to read it and leave.
 
         To close while octets of the client lie unread would send a reset, which can destroy
         the answer on its way.
@@ -782,21 +798,25 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def enter(self, phase: str, seconds: float) -> None:
         """Begin a phase of the session, which may last `seconds`."""
-        self.phase, self.deadline = phase, time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds  # first: the old one may have passed
+        self.phase = phase
 
     def check_deadline(self, now: float) -> None:
         """Hang up if the phase has lasted too long; a relay's progress begins it anew."""
-        if self.relay and self.relay.progress() != self.progress:
+        if self.relay and not self.hung_up and self.relay.progress() != self.progress:
             self.progress = self.relay.progress()
             if self.relay.half_closed:
                 self.enter("linger", self.server.linger)
             else:
                 self.enter("idle", self.server.idle_timeout)
-        if now >= self.deadline:
+        if self.hung_up or now >= self.deadline:
             self.hang_up(self.phase + "-timeout")
 
     def hang_up(self, end: str) -> None:
-        """Have the session's threads leave. The caller, another thread, holds the lock."""
+        """Have the session's threads leave; called from another one, which holds the lock.
+
+        Called again while they do not: it may have come just before they began to wait.
+        """
         self.conclude(end)
         self.hung_up = True
         if self.relay:  # first, or it would take the shutdown() for an end to pass on
@@ -818,8 +838,10 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
 # ---- server: who is here, and until when -------------------------------------------------
 
-SWEEP_INTERVAL = 0.5    # seconds between two looks at the deadlines
-EXHAUSTION_PAUSE = 0.1  # seconds to wait for room for another client
+SWEEP_INTERVAL = 0.5     # seconds between two looks at the deadlines
+CLOSING_INTERVAL = 0.05  # seconds between two calls to leave
+EXHAUSTION_PAUSE = 0.1   # seconds to wait for room for another client
+WARNING_INTERVAL = 60.0  # seconds between two warnings that there is none
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -850,11 +872,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.handshake_timeout = handshake_timeout
         self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
         self.linger = linger
-        self.lock = threading.Lock()  # while it is held, the sessions' sockets stay open
+        self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
         self.threads: Set[threading.Thread] = set()
         self.next_sweep = 0.0
-        self.exhausted = False
+        self.next_warning = 0.0
         self.closed = False
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
@@ -870,23 +892,21 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
         try:
-            accepted = super().get_request()
+            return super().get_request()
         except OSError as error:
             if error.errno in EXHAUSTED:
-                if not self.exhausted:
+                if time.monotonic() >= self.next_warning:
+                    self.next_warning = time.monotonic() + WARNING_INTERVAL
                     log.warning("clients have to wait: %s", error.strerror)
-                self.exhausted = True
                 time.sleep(EXHAUSTION_PAUSE)
             raise
-        self.exhausted = False
-        return accepted
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a session in a thread of its own."""
         thread = threading.Thread(target=self.process_request_thread,
                                   args=(request, client_address), daemon=True)
+        self.threads.add(thread)  # first: a signal may come in between
         thread.start()
-        self.threads.add(thread)
 
     def shutdown_request(self, request: Any) -> None:
         """Close. ``socketserver`` would send an end before what may have to be a reset."""
@@ -912,12 +932,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def server_close(self) -> None:
         """Stop listening, end the sessions, and wait until their threads have left."""
         super().server_close()
-        with self.lock:
-            self.closed = True
-            for session in self.sessions:
-                session.hang_up("server-closed")
-        for thread in self.threads:
-            thread.join()
+        self.closed = True
+        while any(thread.is_alive() for thread in self.threads):
+            with self.lock:
+                for session in self.sessions:
+                    session.hang_up("server-closed")
+            for thread in self.threads:
+                if thread.is_alive():
+                    thread.join(CLOSING_INTERVAL)
 
 
 # ---- command line ------------------------------------------------------------------------
@@ -955,7 +977,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--handshake-timeout", metavar="S", type=seconds, default=10.0,
         help="seconds for a client to say what it wants (default: %(default)g)")
     add("--idle-timeout", metavar="S", type=seconds,
-        help="seconds without progress that end a session (default: no number does)")
+        help="seconds without progress that end a session (default: never)")
     add("--linger", metavar="S", type=seconds, default=60.0,
         help="the same once a side has closed (default: %(default)g)")
     volume = parser.add_mutually_exclusive_group()
@@ -990,37 +1012,52 @@ def announce(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; its exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+def serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Serve as `args` say, until a signal comes; the exit status."""
+    users, exposed = None, False
     try:
-        users = load_users(args.users) if args.users else None
+        if args.users is not None:
+            users = load_users(args.users)
+            exposed = os.name == "posix" and bool(os.stat(args.users).st_mode & stat.S_IROTH)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if users is None and not args.open and not is_loopback(args.bind):
         parser.error("on %s everybody could use this proxy: name your users with --users FILE, "
                      "or say --open if that is what you want" % args.bind)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
-    logging.raiseExceptions = False  # a log that cannot be written stops nobody
-    raise_descriptor_limit()
     try:
         server = Socks5Server(
             (args.bind, args.port), users=users, connect_timeout=args.connect_timeout,
             handshake_timeout=args.handshake_timeout, idle_timeout=args.idle_timeout,
             linger=args.linger)
-    except OSError as error:
-        print("socks5.py: cannot serve on %s port %d: %s"
-              % (args.bind, args.port, error.strerror), file=sys.stderr)
+    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
+        print("socks5.py: cannot serve on %s port %d: %s" % (
+            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
+            file=sys.stderr)
         return 1
-    with contextlib.suppress(KeyboardInterrupt), server:
+    with server:
         address = Address.of(server.server_address)
         announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
-        if args.users and os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
+        if exposed:
             log.warning("others can read %s: chmod o-r it", args.users)
         server.serve_forever()
-    announce("Interrupted, ending.")
     return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command; its exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
+    logging.raiseExceptions = False  # a log that cannot be written stops nobody
+    raise_descriptor_limit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return serve(args, parser)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        announce("Interrupted, ending.")
+        return 0
 
 
 if __name__ == "__main__":
