@@ -54,6 +54,7 @@ import ipaddress
 import itertools
 import logging
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -75,6 +76,8 @@ __all__ = ["Address", "AddressType", "Command", "Method", "ProtocolError", "Repl
 __version__ = "0.1"
 
 log = logging.getLogger("socks5")
+TaskQueue = getattr(queue, "SimpleQueue", queue.Queue)  # 3.7 has the simple one
+AttemptSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # no descriptor
 NEVER = float("inf")  # as a number of seconds, or as a moment
 
 
@@ -97,6 +100,9 @@ class Command(enum.IntEnum):
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
+
+
+COMMAND_NAMES = {int(command): command.name for command in Command}
 
 
 class AddressType(enum.IntEnum):
@@ -169,9 +175,10 @@ def reply_for(error: Exception) -> Reply:
 
 def read_exactly(stream: Any, count: int) -> bytes:
     """`count` octets, however they arrive; ProtocolError if the stream ends or breaks before."""
-    octets = b""
-    with contextlib.suppress(OSError):
-        octets = stream.read(count)
+    try:
+        octets: bytes = stream.read(count)
+    except OSError:
+        octets = b""
     if len(octets) < count:
         raise ProtocolError("client-left")
     return octets
@@ -284,8 +291,7 @@ class Request(NamedTuple):
     @property
     def command_name(self) -> str:
         """The command's name, or the number of one that has none."""
-        return next((command.name for command in Command if command == self.command),
-                    str(self.command))
+        return COMMAND_NAMES.get(self.command) or str(self.command)
 
 
 # +----+-----+-------+------+----------+----------+
@@ -433,7 +439,7 @@ def dial(addresses: List[SocketAddress], deadline: float,
     """
     waiting = list(enumerate(interleave(addresses)))
     errors: Dict[int, OSError] = {}
-    with selectors.DefaultSelector() as attempts:
+    with AttemptSelector() as attempts:
         try:
             while (waiting or attempts.get_map()) and time.monotonic() < deadline:
                 if waiting:
@@ -450,8 +456,82 @@ def dial(addresses: List[SocketAddress], deadline: float,
                     return connected
         finally:
             for key in list(attempts.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
+                key.fileobj.close()
     raise errors.get(0) or socket.timeout("no address has answered")
+
+
+# ---- threads: kept for another job -------------------------------------------------------
+
+IDLE_TIME = 10.0  # seconds for which a thread waits for another job
+
+Job = Callable[[], None]
+
+
+class ThreadCache:
+    """Threads that wait a while for another job when they have done one.
+
+    To start a thread costs more than the rest of a short session. The newest idle thread is
+    taken first: those that are not needed are left alone, and leave.
+    """
+
+    def __init__(self) -> None:
+        self.idle: List[Any] = []  # queues, each with a thread that waits for its next job
+        self.threads: Set[threading.Thread] = set()
+        self.closed = False
+
+    def start(self, name: str, job: Job) -> Callable[[], bool]:
+        """Do `job` in a thread called `name`. What is returned waits until it is done."""
+        done = threading.Lock()
+        done.acquire()
+        try:
+            self.idle.pop().put((name, job, done))
+        except IndexError:
+            thread = threading.Thread(target=self.work, args=((name, job, done),), daemon=True)
+            self.threads.add(thread)  # first: a signal may come in between
+            try:
+                thread.start()
+            except RuntimeError:
+                self.threads.discard(thread)
+                raise
+        return done.acquire
+
+    def work(self, task: Any) -> None:
+        """The life of a thread: `task`, and others until none comes."""
+        thread = threading.current_thread()
+        tasks: Any = TaskQueue()
+        while task is not None:
+            thread.name, job, done = task
+            try:
+                job()
+            except Exception as error:
+                log.error("thread failed error=%s", type(error).__name__)
+            finally:
+                done.release()
+            del job, done, task  # or what they refer to stays as long as the thread is idle
+            thread.name = "socks5 idle"
+            task = self.wait(tasks)
+
+    def wait(self, tasks: Any) -> Any:
+        """The next task for the thread of `tasks`; None if it is to leave."""
+        self.idle.append(tasks)
+        with contextlib.suppress(queue.Empty):
+            return tasks.get(block=not self.closed, timeout=IDLE_TIME)
+        try:
+            self.idle.remove(tasks)
+            return None
+        except ValueError:  # it was taken out at the last moment
+            return tasks.get()
+
+    def forget_dead(self) -> None:
+        """Forget the threads that have begun and have left."""
+        self.threads -= {thread for thread in list(self.threads)
+                         if thread.ident is not None and not thread.is_alive()}
+
+    def close(self) -> None:
+        """Have the idle threads leave now, and the others when they have done their job."""
+        self.closed = True
+        while self.idle:
+            self.idle.pop().put(None)
 
 
 # ---- relaying: two flows, each in a thread, joined when both have ended ------------------
@@ -461,22 +541,23 @@ def dial(addresses: List[SocketAddress], deadline: float,
 # reset. Nothing is queued: a flow reads only when its sink has taken what was read before, so
 # that a slow reader slows the writer down.
 
-SMALL_BUFFER = 4 * 1024    # octets, for an idle flow
-LARGE_BUFFER = 256 * 1024  # octets, for a busy one
-KEEPALIVE = {  # a peer that has vanished is noticed after 60 + 4 * 15 seconds
-    "TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60,  # the same under Linux and macOS
-    "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4,
-}
+SMALL_BUFFER = 2 * 1024     # octets, for an idle flow
+LARGE_BUFFER = 1024 * 1024  # octets, for the busiest; in between, each is 8 times the last
+BUSY = 32 * 1024            # octets at a time that keep a flow in the kernel
+SPLICE_REFUSED = {errno.EINVAL, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+KEEPALIVE = [  # a peer that has vanished is noticed after 60 + 4 * 15 seconds
+    ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60),  # the same under Linux and macOS
+    ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)]
+OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+OPTIONS += [(socket.IPPROTO_TCP, getattr(socket, option), value)
+            for option, value in KEEPALIVE if hasattr(socket, option)]
 
 
 def tune(sock: socket.socket) -> None:
     """Send small pieces at once, and notice when the peer has vanished."""
     with contextlib.suppress(OSError):  # what is wrong with it comes out when it is read
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        for option in OPTIONS:
+            sock.setsockopt(*option)
 
 
 def reset_on_close(sock: socket.socket) -> None:
@@ -495,9 +576,12 @@ def wake(sock: socket.socket, how: int) -> None:
 class Flow:
     """Octets in one direction. `read` gives the first of them, perhaps out of a buffer."""
 
+    cpus: Optional[Set[int]] = None  # for flows inside the kernel, if others stay on one CPU
+
     def __init__(self, source: socket.socket, sink: socket.socket,
                  read: Callable[[int], bytes]) -> None:
-        self.source, self.sink, self.read = source, sink, read
+        self.source, self.sink, self.first_read = source, sink, read
+        self.may_splice = hasattr(os, "splice")  # Linux, from Python 3.10
         self.waiting_on = source
         self.octets = 0  # that the sink has taken
         self.running = True
@@ -506,13 +590,58 @@ class Flow:
     def copy(self) -> None:
         """Pass octets on until the source ends; OSError if the source or the sink breaks."""
         buffer = bytearray(SMALL_BUFFER)
-        octets = memoryview(self.read(SMALL_BUFFER))
+        octets = memoryview(self.first_read(SMALL_BUFFER))
         while octets and not self.stopped:
             self.pass_on(octets)
             if len(octets) == len(buffer) < LARGE_BUFFER:
-                buffer = bytearray(4 * len(buffer))
+                buffer = bytearray(8 * len(buffer))
+            elif len(octets) < len(buffer) // 8:  # it has become quiet
+                buffer = bytearray(SMALL_BUFFER)
+            if len(buffer) == LARGE_BUFFER and self.may_splice:
+                buffer = bytearray(SMALL_BUFFER)
+                self.splice()
             count = self.source.recv_into(buffer)
             octets = memoryview(buffer)[:count]
+
+    def splice(self) -> None:
+        """Pass octets on inside the kernel, through a pipe, until the flow is quiet or ends.
+
+        What the system refuses (a descriptor, room for the pipe) is left to `copy`.
+        """
+        pipe: List[int] = []
+        piped = 0
+        home = self.move_to(self.cpus)
+        try:
+            pipe += os.pipe()
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, LARGE_BUFFER)
+            count = LARGE_BUFFER
+            while count >= BUSY and not self.stopped:
+                count = piped = os.splice(self.source.fileno(), pipe[1], LARGE_BUFFER)
+                self.waiting_on = self.sink
+                while piped:
+                    moved = os.splice(pipe[0], self.sink.fileno(), piped)
+                    piped -= moved
+                    self.octets += moved
+                self.waiting_on = self.source
+        except OSError as error:
+            if error.errno not in SPLICE_REFUSED:
+                raise
+            self.may_splice = False
+            if piped:
+                self.pass_on(memoryview(os.read(pipe[0], piped)))
+        finally:
+            self.move_to(home)
+            for descriptor in pipe:
+                os.close(descriptor)
+
+    @staticmethod
+    def move_to(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
+        """Let this thread run on `cpus`, unless that is None; where it ran before."""
+        if cpus is None:
+            return None
+        home = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
+        return home
 
     def pass_on(self, octets: memoryview) -> None:
         """Wait until the sink has taken `octets`."""
@@ -556,12 +685,12 @@ class Relay:
         self.broken = False
         self.complete = False  # both ends have been passed on
 
-    def run(self) -> None:
+    def run(self, threads: ThreadCache) -> None:
         """Relay until both flows have ended: one in this thread, one in a second."""
-        second = threading.Thread(target=self.carry, args=(self.down, self.up), daemon=True)
-        second.start()
+        name = threading.current_thread().name + ", down"
+        wait = threads.start(name, lambda: self.carry(self.down, self.up))
         self.carry(self.up, self.down)
-        second.join()
+        wait()
         self.complete = not self.broken
 
     def carry(self, flow: Flow, other: Flow) -> None:
@@ -578,15 +707,15 @@ class Relay:
         """Half-close the sink; OSError if the end was a reset."""
         if self.broken:
             return
-        if other.running:
+        self.end = self.end or self.names[flow.source] + "-closed"
+        if other.running:  # or else the sockets are closed next, and need no shutdown()
             # A reset is reported once. If the other thread heard of it while it was sending,
             # this one has read an end. The socket has no peer any more, then; after a real
             # end it has one, as long as the other flow has not ended.
             flow.source.getpeername()
-        self.end = self.end or self.names[flow.source] + "-closed"
-        flow.waiting_on = flow.sink
-        flow.running = False  # before the shutdown(), for the sake of the check above
-        flow.sink.shutdown(socket.SHUT_WR)
+            flow.waiting_on = flow.sink
+            flow.running = False  # before the shutdown(), for the sake of the check above
+            flow.sink.shutdown(socket.SHUT_WR)
 
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Wake the other thread, which still delivers what it has."""
@@ -623,12 +752,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     """One client's conversation. Override its hooks (see above) and pass it to the server."""
 
     server: "Socks5Server"
-    rbufsize = SMALL_BUFFER  # more than the 513 octets of the longest frame
+    rbufsize = 1024  # octets; no frame has more than 513
 
     def setup(self) -> None:
         """Begin a session: from here on, the server keeps its deadline."""
         super().setup()
-        tune(self.connection)
         self.started = time.monotonic()
         self.sockets = {self.connection}
         self.relay: Optional[Relay] = None
@@ -751,7 +879,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.relay = Relay(self.connection, target, self.rfile.read1)
         self.reply = Reply.SUCCEEDED
         self.wfile.write(answer)
-        self.relay.run()
+        self.relay.run(self.server.cache)
         self.conclude(self.relay.end)
 
     def connect(self, destination: Address) -> socket.socket:
@@ -789,8 +917,6 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Make `sock` part of the session, to be woken by `hang_up` and closed at the end."""
         with self.server.lock:
             self.sockets.add(sock)
-        if self.hung_up:
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
     def conclude(self, end: str) -> None:
         """Say why the session ends; what is said first stays."""
@@ -845,6 +971,19 @@ WARNING_INTERVAL = 60.0  # seconds between two warnings that there is none
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
+SPARE_DESCRIPTORS = 16   # for what is not a session's
+
+
+def session_limit() -> int:
+    """How many sessions this process has descriptors for: each needs two."""
+    if sys.platform == "win32":
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, (limit - SPARE_DESCRIPTORS) // 2)
+
+
 class Socks5Server(socketserver.ThreadingTCPServer):
     """A SOCKS5 proxy that serves each client in a thread of its own.
 
@@ -856,6 +995,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     ``serve_forever`` keeps the deadlines. ``server_close``, or the end of a ``with`` block,
     ends the sessions and waits for their threads; one that waits for the system's resolver
     cannot be woken, and takes up to `connect_timeout`.
+
+    For thousands of sessions, do what `main` does, and this class leaves to you: raise the
+    limit on descriptors, make the threads' stacks small, and have ``sys.setswitchinterval``
+    set a long interval. A thread that waits for the interpreter wakes as often, in vain.
     """
 
     allow_reuse_address = os.name == "posix"  # elsewhere it lets another take our port
@@ -874,7 +1017,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.linger = linger
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
-        self.threads: Set[threading.Thread] = set()
+        self.cache = ThreadCache()
+        self.room = session_limit()
         self.next_sweep = 0.0
         self.next_warning = 0.0
         self.closed = False
@@ -888,10 +1032,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             with contextlib.suppress(AttributeError, OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
+        tune(self.socket)  # the clients' sockets inherit it
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
         try:
+            if len(self.sessions) >= self.room:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().get_request()
         except OSError as error:
             if error.errno in EXHAUSTED:
@@ -903,10 +1050,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a session in a thread of its own."""
-        thread = threading.Thread(target=self.process_request_thread,
-                                  args=(request, client_address), daemon=True)
-        self.threads.add(thread)  # first: a signal may come in between
-        thread.start()
+        self.cache.start("socks5 client %s:%d" % client_address[:2],
+                           lambda: self.process_request_thread(request, client_address))
 
     def shutdown_request(self, request: Any) -> None:
         """Close. ``socketserver`` would send an end before what may have to be a reset."""
@@ -924,25 +1069,147 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if now < self.next_sweep:
             return
         self.next_sweep = now + SWEEP_INTERVAL
-        self.threads = {thread for thread in self.threads if thread.is_alive()}
+        self.cache.forget_dead()
         with self.lock:
             for session in self.sessions:
                 session.check_deadline(now)
 
     def server_close(self) -> None:
         """Stop listening, end the sessions, and wait until their threads have left."""
-        super().server_close()
         self.closed = True
-        while any(thread.is_alive() for thread in self.threads):
+        super().server_close()
+        self.cache.close()
+        while any(thread.is_alive() for thread in list(self.cache.threads)):
             with self.lock:
                 for session in self.sessions:
                     session.hang_up("server-closed")
-            for thread in self.threads:
+            for thread in list(self.cache.threads):
                 if thread.is_alive():
                     thread.join(CLOSING_INTERVAL)
 
 
+# ---- workers: processes that serve on one socket -----------------------------------------
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is replaced
+SETTLED = 5.0  # seconds; a worker that dies sooner makes the next pause twice as long
+
+
+def usable_cpus() -> List[int]:
+    """The CPUs that this process may run on, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def stay_on_one_cpu(number: int) -> None:
+    """Run this thread, and those that it starts, on one CPU: they take turns in any case.
+
+    On several CPUs, each system call of a thread is an occasion for all others to be woken
+    there and to ask for the interpreter, in vain. Flows that are busy inside the kernel ask
+    for nothing, and spread. A build without the global lock has no such turns.
+    """
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if has_lock and hasattr(os, "sched_setaffinity"):
+        cpus = usable_cpus()
+        Flow.cpus = set(cpus)
+        os.sched_setaffinity(0, {cpus[number % len(cpus)]})
+
+
+def accept_forever(server: Socks5Server) -> None:
+    """Accept clients on a socket that other processes accept on too.
+
+    Of all who wait in accept() for a client, the kernel wakes one, in turn; of all who wait
+    in a selector, it would wake each.
+    """
+    while not server.closed:
+        server._handle_request_noblock()  # type: ignore[attr-defined] # public but for its name
+
+
+def sweep_until_orphaned(server: Socks5Server, parent: int) -> None:
+    """Keep the deadlines of `server` until the pipe `parent` has no writer; then end all."""
+    with AttemptSelector() as selector:
+        selector.register(parent, selectors.EVENT_READ)
+        while not selector.select(SWEEP_INTERVAL):
+            server.service_actions()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Workers:
+    """Processes that serve on `server`, which their parent keeps open and leaves to them.
+
+    So a client that is in its queue when a worker dies is served by another one. Signals are
+    blocked and waited for: one that came just before a system call would be overslept.
+    """
+
+    def __init__(self, server: Socks5Server, count: int) -> None:
+        self.server = server
+        self.count = count
+        self.started: Dict[int, Tuple[int, float]] = {}  # by process: number, and when
+        self.pause = SHORTEST_PAUSE
+        self.parent, self.writer = os.pipe()
+        self.stopping = {number for number in (signal.SIGINT, signal.SIGTERM)
+                         if signal.getsignal(number) != signal.SIG_IGN}
+
+    def run(self) -> None:
+        """Keep the workers up until a signal comes; then end them. Raises KeyboardInterrupt."""
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        events = self.stopping | {signal.SIGCHLD}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, events)
+        try:
+            for number in range(self.count):
+                self.start(number)
+            while signal.sigwait(events) == signal.SIGCHLD:
+                self.replace_dead()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for process in self.started:
+                os.kill(process, signal.SIGTERM)
+            for process in self.started:
+                os.waitpid(process, 0)
+        raise KeyboardInterrupt
+
+    def start(self, number: int) -> None:
+        """Start a worker."""
+        process = os.fork()
+        if process:
+            self.started[process] = number, time.monotonic()
+            return
+        try:
+            self.work(number)
+        finally:
+            os._exit(0)
+
+    def work(self, number: int) -> None:
+        """The life of a worker: serve until a signal comes."""
+        os.close(self.writer)
+        stay_on_one_cpu(os.getppid() + number)
+        for job, arguments in ((accept_forever, (self.server,)),
+                               (sweep_until_orphaned, (self.server, self.parent))):
+            threading.Thread(target=job, args=arguments, daemon=True).start()
+        signal.sigwait(self.stopping)
+        with contextlib.suppress(KeyboardInterrupt):
+            # A second Ctrl-C ends at once; the parent's SIGTERM, after the first one, does not.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            self.server.server_close()
+
+    def replace_dead(self) -> None:
+        """Start a worker for each that has died; after a pause, if it has not lived long."""
+        for process, (number, since) in list(self.started.items()):
+            if not os.waitpid(process, os.WNOHANG)[0]:
+                continue
+            del self.started[process]
+            settled = time.monotonic() - since > SETTLED
+            self.pause = SHORTEST_PAUSE if settled else min(2 * self.pause, LONGEST_PAUSE)
+            log.warning("worker %d has died: starting another in %g s", process, self.pause)
+            time.sleep(self.pause)
+            self.start(number)
+
+
 # ---- command line ------------------------------------------------------------------------
+
+STACK_SIZE = 256 * 1024  # octets, for each thread
+SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes as often
+
 
 def port_number(text: str) -> int:
     """A port, for argparse."""
@@ -980,12 +1247,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds without progress that end a session (default: never)")
     add("--linger", metavar="S", type=seconds, default=60.0,
         help="the same once a side has closed (default: %(default)g)")
+    add("--workers", metavar="N", type=worker_count, default=1,
+        help="processes to serve with, auto for one on each CPU (default: %(default)s)")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", dest="level", action="store_const", default=logging.INFO,
                         const=logging.WARNING, help="log what is wrong, but not each session")
     volume.add_argument("-v", "--verbose", dest="level", action="store_const",
                         const=logging.DEBUG, help="log tracebacks too")
     return parser
+
+
+def worker_count(text: str) -> int:
+    """A number of workers, for argparse."""
+    count = len(usable_cpus()) if text == "auto" else int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("%s is not a positive number" % text)
+    return count
 
 
 def is_loopback(host: str) -> bool:
@@ -1039,6 +1316,11 @@ def serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
         if exposed:
             log.warning("others can read %s: chmod o-r it", args.users)
+        if args.workers > 1 and hasattr(os, "fork"):
+            Workers(server, args.workers).run()
+        elif args.workers > 1:
+            log.warning("this system has no fork(): serving with one worker")
+        stay_on_one_cpu(os.getpid())
         server.serve_forever()
     return 0
 
@@ -1050,6 +1332,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
     logging.raiseExceptions = False  # a log that cannot be written stops nobody
     raise_descriptor_limit()
+    threading.stack_size(STACK_SIZE)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return serve(args, parser)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import os
+import queue
 import re
 import shutil
 import signal
@@ -474,6 +475,93 @@ class DialTest(TestCase):
         self.assertEqual(sock.family, socket.AF_INET6)
 
 
+# ---- threads -----------------------------------------------------------------------------
+
+class ThreadCacheTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        self.cache = socks5.ThreadCache()
+        self.addCleanup(self.leave)
+
+    def leave(self):
+        self.cache.close()
+        for thread in self.cache.threads:
+            thread.join(PATIENCE)
+
+    def run_job(self, job=lambda: None):
+        """The thread that did `job`, which is idle again."""
+        threads, idle = [], len(self.cache.idle)
+        self.cache.start("socks5 test", lambda: (threads.append(threading.current_thread()),
+                                                 job()))()
+        while len(self.cache.idle) < max(idle, 1):
+            time.sleep(0.001)  # nothing else tells when it has become idle
+        return threads[0]
+
+    def test_threads_are_reused(self):
+        first = self.run_job()
+        self.assertIs(self.run_job(), first)
+        self.assertEqual(self.cache.threads, {first})
+
+    def test_name_says_what_a_thread_does(self):
+        names = []
+        thread = self.run_job(lambda: names.append(threading.current_thread().name))
+        self.assertEqual((names, thread.name), (["socks5 test"], "socks5 idle"))
+
+    def test_newest_idle_thread_is_taken_first(self):
+        done = [threading.Event(), threading.Event()]
+        waits = [self.cache.start(str(number), done[number].wait) for number in range(2)]
+        for number in (1, 0):
+            done[number].set()
+            waits[number]()
+            while len(self.cache.idle) < 2 - number:
+                time.sleep(0.001)
+        newest = self.cache.idle[-1]
+        self.run_job()
+        self.assertIs(self.cache.idle[-1], newest)
+
+    def test_a_job_that_raises_costs_nothing(self):
+        def fail():
+            raise ZeroDivisionError("hunter2")
+
+        with self.assertLogs("socks5", "ERROR") as logs:
+            first = self.run_job(fail)
+        self.assertEqual(logs.output, ["ERROR:socks5:thread failed error=ZeroDivisionError"])
+        self.assertIs(self.run_job(), first)
+
+    def test_idle_threads_leave(self):
+        with mock.patch.object(socks5, "IDLE_TIME", 0.01):
+            waits = [self.cache.start(str(number), lambda: None) for number in range(100)]
+            for wait in waits:
+                wait()
+            for thread in list(self.cache.threads):
+                thread.join(PATIENCE)
+        self.assertEqual(self.cache.idle, [])
+        self.cache.forget_dead()
+        self.assertEqual(self.cache.threads, set())
+
+    def test_thread_that_is_taken_at_the_last_moment(self):
+        cache, done = self.cache, threading.Event()
+        late = iter([lambda: cache.start("late", done.set)])
+
+        class LateQueue(queue.Queue):
+            def get(self, block=True, timeout=None):
+                for start in late:  # once
+                    start()
+                    raise queue.Empty
+                return super().get(block, timeout)
+
+        with mock.patch.object(socks5, "TaskQueue", LateQueue):
+            first = self.run_job()
+            self.assertTrue(done.wait(PATIENCE))
+        self.assertEqual(cache.threads, {first})
+
+    def test_importing_leaves_the_interpreter_alone(self):
+        self.assertEqual(subprocess.check_output(
+            [sys.executable, "-c", "import sys, threading; a = sys.getswitchinterval(); "
+             "import socks5; print(sys.getswitchinterval() == a, threading.stack_size(), "
+             "threading.active_count())"], cwd=HERE), b"True 0 1\n")
+
+
 # ---- relaying ----------------------------------------------------------------------------
 
 class RelayTest(TestCase):
@@ -654,6 +742,91 @@ class RelayTest(TestCase):
                 idle, interval, count = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
                     socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT))
                 self.assertLessEqual(idle + interval * count, 120)
+
+
+@unittest.skipUnless(hasattr(os, "splice"), "no splice here: Linux, from Python 3.10")
+class SpliceTest(TestCase):
+    def send(self, sock, content):
+        """Send `content` from another thread."""
+        return self.thread(sock.sendall, content)
+
+    def send_all(self, sock, content):
+        """The same, and close."""
+        self.thread(lambda: (sock.sendall(content), sock.close()))
+
+    def spliced(self):
+        """os.splice, counted."""
+        return mock.patch("os.splice", wraps=os.splice)
+
+    def test_flow_that_is_bulky_quiet_and_bulky_again(self):
+        content = pattern(16 * MEBIBYTE)
+        with self.spliced() as splice:
+            client, target = self.tunnel()
+            calls, count = [0], descriptors()
+            for _ in range(2):
+                self.send(target, content)
+                self.assertEqual(read_count(client, len(content)), content)
+                calls.append(splice.call_count)
+                target.sendall(b"last")
+                self.assertEqual(read_count(client, 4), b"last")
+                for _ in range(20):
+                    target.sendall(b"ping")
+                    self.assertEqual(read_count(client, 4), b"ping")
+                self.assertEqual(descriptors(), count)  # the pipe has been given back
+            self.assertLess(calls[0], calls[1])
+            self.assertLess(calls[1], calls[2])
+    def test_refused_in_mid_flow(self):
+        content, real = pattern(16 * MEBIBYTE), os.splice
+        for refused in (1, 2, 5, 6):
+            calls = []
+
+            def splice(*args, calls=calls, refused=refused):
+                calls.append(args)
+                if len(calls) == refused:
+                    raise OSError(errno.EINVAL, "refused")
+                return real(*args)
+
+            with self.subTest(refused), mock.patch("os.splice", splice):
+                client, target = self.tunnel()
+                self.send_all(target, content)
+                self.assertEqual(read_all(client), (content, "end"))
+            self.assertEqual(len(calls), refused)
+
+    def test_pipe_refused(self):
+        content = pattern(16 * MEBIBYTE)
+        for name, code in (("os.pipe", errno.EMFILE), ("fcntl.fcntl", errno.EPERM)):
+            with self.subTest(name), mock.patch(name, side_effect=OSError(code, "")) as refusal:
+                client, target = self.tunnel()
+                self.send_all(target, content)
+                self.assertEqual(read_all(client), (content, "end"))
+            self.assertEqual(refusal.call_count, 1)
+
+    def test_half_close_in_the_middle(self):
+        content = pattern(32 * MEBIBYTE)
+        with self.spliced() as splice:
+            client, target = self.tunnel()
+            self.send(target, content)
+            received = read_count(client, 8 * MEBIBYTE)
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(target), (b"", "end"))
+            received += read_count(client, 24 * MEBIBYTE)
+            target.close()
+            self.assertEqual(read_all(client), (b"", "end"))
+            self.assertTrue(splice.called)
+        self.assertEqual(hashlib.sha256(received).digest(), hashlib.sha256(content).digest())
+
+    def test_reset_in_the_middle(self):
+        for breaker in ("client", "target"):
+            with self.subTest(breaker), self.spliced() as splice:
+                client, target = self.tunnel()
+                content = pattern(8 * MEBIBYTE)
+                self.send(target, content)
+                received = read_count(client, len(content))
+                self.assertTrue(splice.called)
+                self.assertEqual(received, content)
+                reset(client if breaker == "client" else target)
+                self.assertEqual(read_all(target if breaker == "client" else client),
+                                 (b"", "reset"))
 
 
 # ---- handler -----------------------------------------------------------------------------
@@ -893,10 +1066,14 @@ class HandlerTest(LoggedTestCase):
             self.assertEqual(read_count(client, 4), octets("05 00 05 04"))
 
     def test_refusal_arrives_though_the_client_still_sends(self):
-        client = self.client(self.serve())
-        client.sendall(octets("05 01 00 05 02 00 01 7f 00 00 01 00 50") + bytes(100000))
-        client.shutdown(socket.SHUT_WR)
-        self.assertEqual(read_all(client), (octets("05 00 05 07 00 01" + " 00" * 6), "end"))
+        with mock.patch.object(socks5, "REFUSAL_TIMEOUT", PATIENCE):
+            client = self.client(self.serve())
+            client.sendall(octets("05 01 00 05 02 00 01 7f 00 00 01 00 50") + bytes(100000))
+            self.assertEqual(read_all(client), (octets("05 00 05 07 00 01" + " 00" * 6), "end"))
+            for _ in range(3):  # nobody has closed: that would have been a reset
+                client.sendall(bytes(1000))
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(client), (b"", "end"))
 
     def test_refused_client_that_stays_is_left(self):
         with mock.patch.multiple(socks5, REFUSAL_TIMEOUT=0.1, SWEEP_INTERVAL=0.02):
@@ -1239,7 +1416,7 @@ class ServerTest(LoggedTestCase):
                 while not any(session.phase == phase for session in list(server.sessions)):
                     time.sleep(0.001)  # nothing outside tells when a session is that far
             self.assertEqual(server.sessions, set())
-            self.assertFalse(any(thread.is_alive() for thread in server.threads))
+            self.assertFalse(any(thread.is_alive() for thread in server.cache.threads))
 
     def test_close_before_a_session_has_begun(self):
         may_begin = threading.Event()
@@ -1251,7 +1428,7 @@ class ServerTest(LoggedTestCase):
 
         server = self.serve(Handler)
         client = self.client(server)
-        while not server.threads:
+        while not server.cache.threads:
             time.sleep(0.001)  # nothing outside tells when it has been accepted
         server.shutdown()
         closing = self.thread(server.server_close)
@@ -1285,7 +1462,25 @@ class ServerTest(LoggedTestCase):
             self.assertEqual(reply[1], Reply.SUCCEEDED)
             self.assertEqual(read_all(client), (b"", "reset"))
 
+    def test_clients_wait_where_there_is_no_room(self):
+        server = self.serve()
+        server.room = 1
+        first, target = self.tunnel(server)
+        with self.assertLogs("socks5", "WARNING") as logs:
+            second = self.client(server)
+            second.sendall(octets(GREET))
+            while not logs.output:
+                time.sleep(0.001)  # nothing outside tells that it has to wait
+        self.assertIn("clients have to wait", logs.output[0])
+        first.close()
+        target.close()
+        self.assertEqual(read_count(second, 2), octets("05 00"))
+
+    @unittest.skipUnless(resource, "no limits to raise")
     def test_six_hundred_tunnels(self):
+        socks5.raise_descriptor_limit()
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4000:
+            self.skipTest("too few descriptors")
         port, server = self.echo(), self.serve()
         clients = [self.request(server, port)[0] for _ in range(600)]
         for client in clients:
@@ -1382,6 +1577,7 @@ class CommandLineTest(CommandTestCase):
     def test_settings_reach_the_server(self):
         with mock.patch.object(socks5, "Socks5Server", side_effect=OSError) as server, \
                 mock.patch("signal.signal"), mock.patch("logging.basicConfig"), \
+                mock.patch("sys.setswitchinterval"), mock.patch("threading.stack_size"), \
                 mock.patch.object(socks5, "raise_descriptor_limit"), \
                 contextlib.redirect_stderr(io.StringIO()):
             self.assertEqual(socks5.main([]), 1)
@@ -1417,9 +1613,9 @@ class CommandLineTest(CommandTestCase):
 
     def test_usage_errors(self):
         for arguments in (["65536"], ["-1"], ["x"], ["--users", ""], ["--linger", "0"],
-                          ["--linger", "nan"],
-                          ["--idle-timeout", "inf"], ["--connect-timeout", "x"],
-                          ["-q", "-v"], ["--no-such"], ["--users", os.path.join(HERE, "none")],
+                          ["--linger", "nan"], ["--idle-timeout", "inf"],
+                          ["--connect-timeout", "x"], ["-q", "-v"], ["--no-such"],
+                          ["--workers", "0"], ["--users", os.path.join(HERE, "none")],
                           ["--users", HERE]):
             with self.subTest(arguments):
                 self.assertEqual(self.run_to_end("socks5.py", *arguments)[0], 2)
@@ -1497,6 +1693,127 @@ class CommandLineTest(CommandTestCase):
         with open("/proc/%d/stat" % process.pid) as file:
             user, system = file.read().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def children(process):
+    """The child processes of `process`."""
+    with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
+        return [int(child) for child in file.read().split()]
+
+
+@unittest.skipUnless(hasattr(os, "fork") and os.path.exists(
+    "/proc/self/task/%d/children" % os.getpid()), "no fork, or no /proc to see workers in")
+class WorkersTest(CommandTestCase):
+    def start_workers(self, count=2):
+        """A server with workers, its port, and the workers."""
+        process = self.start("socks5.py", "-q", "--workers", str(count), "0")
+        port = self.port(process)
+        while len(children(process)) < count:
+            time.sleep(0.001)  # nothing outside tells when they have been started
+        return process, port, children(process)
+
+    def open_tunnel(self, port):
+        """A client of the server on `port`, relayed to a target."""
+        listener = self.listen()
+        client = self.own(socket.create_connection(("127.0.0.1", port)))
+        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01")
+                       + struct.pack(">H", listener.getsockname()[1]))
+        self.assertEqual(read_count(client, 12)[:4], octets("05 00 05 00"))
+        return client, self.own(listener.accept()[0])
+
+    def runs(self, process):
+        """Whether a thread of `process` has not been stopped."""
+        folder = "/proc/%d/task" % process
+        for thread in os.listdir(folder):
+            with open("%s/%s/stat" % (folder, thread)) as file:
+                if file.read().rpartition(")")[2].split()[0] != "T":
+                    return True
+        return False
+
+    def test_clients_in_the_queue_of_workers_that_die_are_served(self):
+        process, port, workers = self.start_workers()
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        while any(self.runs(worker) for worker in workers):
+            time.sleep(0.001)  # a thread that has not stopped yet would accept a client
+        queued = [self.own(socket.create_connection(("127.0.0.1", port))) for _ in range(20)]
+        for client in queued:
+            client.sendall(octets(GREET))
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        for client in queued:
+            self.assertEqual(read_count(client, 2), octets("05 00"))
+        self.assertIn("has died", process.stderr.readline())
+        while len(children(process)) < len(workers):
+            time.sleep(0.001)  # until both have been replaced
+        self.assertFalse(set(children(process)) & set(workers))
+
+    def test_worker_killed_under_load(self):
+        _, port, workers = self.start_workers()
+        port_of_echo, failed = self.echo(), []
+
+        def converse():
+            for _ in range(50):
+                try:
+                    with socket.create_connection(("127.0.0.1", port)) as client:
+                        client.settimeout(PATIENCE)
+                        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01")
+                                       + struct.pack(">H", port_of_echo) + b"ping")
+                        read_count(client, 16)
+                except (OSError, AssertionError):
+                    failed.append(1)  # one that the dead worker was serving
+
+        threads = [self.thread(converse) for _ in range(4)]
+        os.kill(workers[0], signal.SIGKILL)
+        for thread in threads:
+            thread.join(2 * PATIENCE)
+        self.assertLessEqual(len(failed), len(threads))
+
+    def test_signal_ends_parent_and_workers(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process, port, workers = self.start_workers()
+            client, target = self.open_tunnel(port)
+            process.send_signal(number)
+            self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
+            out, err = process.communicate(timeout=PATIENCE)
+            self.assertEqual((process.returncode, out, err), (0, "Interrupted, ending.\n", ""))
+            for worker in workers:
+                with self.assertRaises(ProcessLookupError):
+                    os.kill(worker, 0)
+
+    def test_interrupt_from_the_terminal(self):
+        process, port, workers = self.start_workers()
+        client, target = self.open_tunnel(port)
+        for each in (*workers, process.pid):  # a terminal sends it to all of them
+            os.kill(each, signal.SIGINT)
+        self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+    def test_workers_end_with_a_parent_that_is_killed(self):
+        process, port, _ = self.start_workers()
+        client, _ = self.open_tunnel(port)
+        process.kill()
+        self.assertEqual(read_all(client), (b"", "reset"))
+
+    def test_pause_grows_while_workers_die_at_once(self):
+        workers = socks5.Workers(None, 1)
+        for descriptor in (workers.parent, workers.writer):
+            self.addCleanup(os.close, descriptor)
+        pauses = []
+        with mock.patch("time.sleep", pauses.append), mock.patch.object(workers, "start"), \
+                mock.patch("os.waitpid", lambda process, options: (process, 9)):
+            for age in [0] * 7 + [60]:
+                workers.started = {1: (0, time.monotonic() - age)}
+                workers.replace_dead()
+        self.assertEqual(pauses, [0.2, 0.4, 0.8, 1.6, 3, 3, 3, 0.1])
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "no choice of CPUs here")
+    def test_each_worker_stays_on_one_cpu(self):
+        _, port, workers = self.start_workers()
+        self.open_tunnel(port)
+        for worker in workers:
+            while len(os.sched_getaffinity(worker)) > 1:
+                time.sleep(0.001)  # until it has come that far
 
 
 # ---- the echo server ---------------------------------------------------------------------
