@@ -19,6 +19,11 @@ demo:		## a proxy, an echo server, and a client that goes through the one to the
 	done; \
 	echo "sent hello through the proxy, and received $$said"
 
+bench:		## measure the proxy against a direct connection
+	@set -e; trap 'kill $$proxy' EXIT; \
+	$(PYTHON) socks5.py -q & proxy=$$!; sleep 1; \
+	$(PYTHON) echo_server.py --through 127.0.0.1:1080
+
 test:		## the tests, with $(PYTHON)
 	$(PYTHON) -m unittest
 
@@ -36,4 +41,4 @@ coverage:	## which lines the tests reach
 clean:		## remove what the above leaves behind
 	rm -rf $(TOOLS) .coverage .mypy_cache .ruff_cache __pycache__
 
-.PHONY: help run demo test test-all check coverage clean
+.PHONY: help run demo bench test test-all check coverage clean

@@ -1840,6 +1840,28 @@ class EchoServerTest(CommandTestCase):
         status, err = self.run_to_end("echo_server.py", taken)
         self.assertEqual((status, err.count("\n")), (1, 1))
 
+    def test_measuring(self):
+        port = str(self.serve(users={"alice": "secret"}).server_address[1])
+        with mock.patch.dict(os.environ, SOCKS5_PASSWORD="secret"):
+            process = self.start("echo_server.py", "--through", "127.0.0.1:" + port,
+                                 "--user", "alice", "--seconds", "0.2", "--sessions", "21")
+            out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 0, err)
+        table = {name.strip(): [float(figure) for figure in figures.split()]
+                 for name, figures in re.findall(r"^(\w.{15})(.+)$", out, re.MULTILINE)}
+        self.assertEqual((table["sessions held"], table["failures"]), ([21, 21, 1], [0, 0]))
+        for name in ("sessions/s", "round trips/s", "p50 ms", "p99 ms", "MiB/s each way"):
+            through, directly, _ = table[name]
+            self.assertGreater(min(through, directly), 0)
+
+    def test_measuring_what_is_no_way_through(self):
+        port = str(self.serve(users={"alice": "secret"}).server_address[1])
+        for proxy, password in ((str(self.dead()[1]), "secret"), (port, "wrong")):
+            with mock.patch.dict(os.environ, SOCKS5_PASSWORD=password):
+                status, err = self.run_to_end("echo_server.py", "--user", "alice",
+                                              "--through", "127.0.0.1:" + proxy)
+            self.assertEqual((status, err.count("\n")), (1, 1))
+
 
 # ---- README ------------------------------------------------------------------------------
 
