@@ -770,8 +770,6 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.enter("handshake", self.server.handshake_timeout)
         with self.server.lock:
             self.server.sessions.add(self)
-            if self.server.closed:
-                self.hang_up("server-closed")
 
     def handle(self) -> None:
         """The conversation, and the one place where failures become octets."""
@@ -786,7 +784,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.serve_request(request)
 
     def finish(self) -> None:
-        """End the session: close its sockets, log it."""
+        """End the session: close its sockets, before ``socketserver`` ends them, and log it."""
         with self.server.lock:
             self.server.sessions.discard(self)
         super().finish()
@@ -935,7 +933,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
                 self.enter("linger", self.server.linger)
             else:
                 self.enter("idle", self.server.idle_timeout)
-        if self.hung_up or now >= self.deadline:
+        if now >= self.deadline:
             self.hang_up(self.phase + "-timeout")
 
     def hang_up(self, end: str) -> None:
@@ -1051,11 +1049,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a session in a thread of its own."""
         self.cache.start("socks5 client %s:%d" % client_address[:2],
-                           lambda: self.process_request_thread(request, client_address))
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close. ``socketserver`` would send an end before what may have to be a reset."""
-        self.close_request(request)
+                         lambda: self.process_request_thread(request, client_address))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what nobody foresaw: its type only, its text may hold anything."""

@@ -715,6 +715,25 @@ class RelayTest(TestCase):
         self.assertGreater(max(sizes), socks5.SMALL_BUFFER)
         self.assertLessEqual(max(sizes), socks5.LARGE_BUFFER)
 
+    def test_buffers_shrink(self):
+        pieces, sizes = iter([2048, 16384, 100, 100, 0]), []
+
+        class Source:
+            def recv_into(self, buffer):
+                sizes.append(len(buffer))
+                return next(pieces)
+
+        flow = socks5.Flow(Source(), mock.Mock(), lambda count: bytes(count))
+        flow.may_splice = False
+        flow.copy()
+        self.assertEqual(sizes, [16384, 16384, 131072, 2048, 2048])
+
+    def test_peer_that_has_vanished(self):
+        ours, theirs = self.pair()
+        relay = socks5.Relay(ours, theirs, ours.recv)
+        relay.break_off(relay.down, OSError(errno.ETIMEDOUT, ""))
+        self.assertEqual((relay.end, relay.broken), ("target-lost", True))
+
     def test_hooks_socket_of_another_family(self):
         ours, theirs = socket.socketpair()
         self.own(theirs)
