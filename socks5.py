@@ -967,8 +967,6 @@ CLOSING_INTERVAL = 0.05  # seconds between two calls to leave
 EXHAUSTION_PAUSE = 0.1   # seconds to wait for room for another client
 WARNING_INTERVAL = 60.0  # seconds between two warnings that there is none
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-
 SPARE_DESCRIPTORS = 16   # for what is not a session's
 
 
