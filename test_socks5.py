@@ -444,6 +444,15 @@ class DialTest(TestCase):
         with self.assertRaises(socket.timeout):
             self.dial(self.black_hole(), self.black_hole(), seconds=0.3)
 
+    def test_a_single_address(self):
+        listener = self.listen()
+        sock = self.dial(listener.getsockname(), seconds=float("inf"))
+        self.assertEqual(sock.getpeername(), listener.getsockname())
+        with self.assertRaises(ConnectionRefusedError):
+            self.dial(self.dead())
+        with self.assertRaises(socket.timeout):
+            self.dial(self.black_hole(), seconds=0.05)
+
     def test_losers_are_closed(self):
         listener, attempts = self.listen(), []
         winner = self.dial(self.black_hole(), self.black_hole(), listener.getsockname(),
@@ -453,7 +462,7 @@ class DialTest(TestCase):
     def test_families_take_turns(self):
         attempts = []
 
-        def fail(address, prepare):
+        def fail(address, prepare, patience):
             attempts.append(address[1][0])
             raise OSError
 
