@@ -46,6 +46,7 @@ inside ssh or a VPN wherever others can listen. Sections are RFC 1928's unless o
 """
 
 import argparse
+import collections
 import contextlib
 import enum
 import errno
@@ -55,7 +56,9 @@ import itertools
 import logging
 import os
 import queue
+import re
 import selectors
+import shlex
 import signal
 import socket
 import socketserver
@@ -64,7 +67,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 if sys.platform != "win32":
     import fcntl
@@ -304,7 +307,125 @@ def pack_reply(reply: Reply, bound: Address) -> bytes:
     return bytes([VERSION, reply, 0]) + bound.pack()
 
 
-# ---- rules: who may come in --------------------------------------------------------------
+# ---- rules: who may come in, and where they may go ---------------------------------------
+
+def encode_name(host: str) -> bytes:
+    """The octets to ask the resolver for; RequestError if `host` cannot be a host's name.
+
+    The check is ours because CPython up to 3.11 cuts a string at its NUL: for the resolver
+    ``localhost\\0.example`` was localhost, for a rule about names it is not.
+    """
+    try:
+        name = host.encode("idna")
+    except UnicodeError:  # an empty or long label, or octets that are no text
+        name = b""
+    if not name or not all(0x21 <= octet <= 0x7E for octet in name):
+        raise RequestError(Reply.HOST_UNREACHABLE)
+    return name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this host can reach `host`, an IP literal or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# A destination's rule is the first that matches. Where none does, it is allowed, or denied if
+# there is a rule that allows. Judged is what will be dialed: each address that the resolver
+# gave, together with the name that it was asked for.
+
+RULE = re.compile(
+    r"(?P<verb>allow|deny) (?:(?P<user>.+)@)?"
+    r"(?:\[(?P<bracketed>[^][@]+)\]|(?P<host>[^][@:]+|[^][@:]*:[^][@]*:[^][@]*))"
+    r"(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?")
+
+
+class Rule(NamedTuple):
+    """Allow or deny `user`, "" for anybody, to go to `ports` of a network, or of a name.
+
+    `name` is b"" for any, and begins with a dot if it is a suffix.
+    """
+    text: str  # for the log
+    allows: bool
+    user: str
+    network: Any
+    name: bytes
+    ports: range
+
+    @classmethod
+    def read(cls, text: str) -> "Rule":
+        """From ``allow [USER@]HOST[:PORT[-PORT]]``, or ``deny``; ValueError says what is wrong."""
+        match = RULE.fullmatch(text)
+        if not match:
+            raise ValueError("%r is not allow or deny, and [USER@]HOST[:PORT[-PORT]]" % text)
+        first = int(match.group("first") or 0)
+        last = int(match.group("last") or match.group("first") or 65535)
+        if not first <= last <= 65535:
+            raise ValueError("%r: no ports of 0 to 65535" % text)
+        try:
+            network, name = read_host(match.group("bracketed") or match.group("host"))
+        except ValueError as error:
+            raise ValueError("%r: %s" % (text, error)) from None
+        return cls(text.replace(" ", ":", 1), match.group("verb") == "allow",
+                   match.group("user") or "", network, name, range(first, last + 1))
+
+    def matches(self, user: str, name: bytes, ip: Any, port: int) -> bool:
+        """Whether it is for `user`, who asked for `name` (b"" for a literal), which is at `ip`."""
+        if self.user not in ("", user) or port not in self.ports:
+            return False
+        if self.network is not None:
+            return ip in self.network
+        return self.name in (b"", name) or (
+            self.name.startswith(b".") and (b"." + name).endswith(self.name))
+
+
+def read_host(host: str) -> Tuple[Any, bytes]:
+    """What a rule has for a host: a network, or None and a name; ValueError if it is neither."""
+    if host == "*":
+        return None, b""
+    if set(host) & set(":/") or host.rpartition(".")[2].isdigit():
+        network = ipaddress.ip_network(host)
+        if getattr(network.network_address, "ipv4_mapped", None):
+            raise ValueError("IPv4 has to be written as such")
+        return network, b""
+    try:
+        name = plain_name(host[2:] if host.startswith("*.") else host)
+    except RequestError:
+        name = b"*"
+    if b"*" in name:
+        raise ValueError("no address, network, name, or *.name")
+    return None, (b"." if host.startswith("*.") else b"") + name
+
+
+def plain_name(host: str) -> bytes:
+    """The name `host` as rules see it, b"" if it is an IP literal; RequestError if neither."""
+    try:
+        ipaddress.ip_address(host)
+        return b""
+    except ValueError:
+        return encode_name(host).lower().rstrip(b".")
+
+
+def built_in(*networks: str) -> List[Rule]:
+    """Rules that deny `networks`, and say that nobody wrote them."""
+    return [Rule.read("deny " + network)._replace(text="built-in:" + network)
+            for network in networks]
+
+
+LINK_LOCAL = built_in("169.254.0.0/16", "fe80::/10")  # a cloud's metadata is there
+OWN_HOST = built_in("127.0.0.0/8", "::1", "0.0.0.0", "::")  # the last two reach it as well
+ALLOW_REST = [Rule.read("allow *")._replace(text="default")]
+DENY_REST = [Rule.read("deny *")._replace(text="default")]
+
+
+def complete(rules: List[Rule], client: str) -> List[Rule]:
+    """`rules`, and those that follow them for a client at this address: the last matches all."""
+    own_host = [] if is_loopback(client) else OWN_HOST
+    rest = DENY_REST if any(rule.allows for rule in rules) else ALLOW_REST
+    return rules + LINK_LOCAL + own_host + rest
+
 
 def load_users(path: str) -> Dict[str, str]:
     """Passwords by name, from a UTF-8 file that has a line ``name:password`` for each user.
@@ -346,21 +467,6 @@ LONG_WAIT = 3600.0    # seconds, when there is no next attempt; poll() counts in
 
 SocketAddress = Tuple[int, Tuple[Any, ...]]  # a family, and what ``connect`` takes for it
 Prepare = Callable[[socket.socket], None]
-
-
-def encode_name(host: str) -> bytes:
-    """The octets to ask the resolver for; RequestError if `host` cannot be a host's name.
-
-    The check is ours because CPython up to 3.11 cuts a string at its NUL: for the resolver
-    ``localhost\\0.example`` was localhost, for a rule about names it is not.
-    """
-    try:
-        name = host.encode("idna")
-    except UnicodeError:  # an empty or long label, or octets that are no text
-        name = b""
-    if not name or not all(0x21 <= octet <= 0x7E for octet in name):
-        raise RequestError(Reply.HOST_UNREACHABLE)
-    return name
 
 
 def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
@@ -749,6 +855,7 @@ class Relay:
 
 # ---- handler: one conversation -----------------------------------------------------------
 
+LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
 REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
 
 
@@ -766,11 +873,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.relay: Optional[Relay] = None
         self.progress: Tuple[int, ...] = ()
         self.reply: Optional[Reply] = None
-        self.hung_up = False
+        self.hung_up = threading.Event()
         self.end = ""
         self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
-            ["client", "user", "command", "destination", "reached", "reply"], "")
-        self.fields["client"] = Address.of(self.client_address)
+            ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
+        client = Address.of(self.client_address)
+        self.fields["client"] = client
+        self.rules = complete(self.server.rules, client.host)
         self.enter("handshake", self.server.handshake_timeout)
         with self.server.lock:
             self.server.sessions.add(self)
@@ -789,20 +898,24 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def finish(self) -> None:
         """End the session: close its sockets, before ``socketserver`` ends them, and log it."""
-        with self.server.lock:
-            self.server.sessions.discard(self)
+        self.conclude("error")
+        state = self.state()
+        self.server.forget(self, state)
         super().finish()
         for sock in self.sockets:
             if self.relay and not self.relay.complete:
                 reset_on_close(sock)
             sock.close()
-        self.log_message(logging.INFO, "session", dict(
+        self.log_message(logging.INFO, "session", dict(state, end=self.end))
+
+    def state(self) -> Dict[str, object]:
+        """What there is to say of the session."""
+        return dict(
             self.fields,
             reply=self.reply.name if self.reply is not None else "",
             up=self.relay.up.octets if self.relay else 0,
             down=self.relay.down.octets if self.relay else 0,
-            seconds="%.3f" % (time.monotonic() - self.started),
-            end=self.end or "error"))
+            seconds="%.3f" % (time.monotonic() - self.started))
 
     def negotiate(self) -> None:
         """Agree on a method (section 3), and have the client log in if it is that one."""
@@ -826,6 +939,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         if not self.authenticate(username, password):
             self.log_message(logging.WARNING, "login failed",
                              {"client": self.fields["client"], "user": user})
+            self.enter("refusal", LOGIN_PAUSE + REFUSAL_TIMEOUT)
+            self.hung_up.wait(LOGIN_PAUSE)  # so that guessing takes its time
             raise ProtocolError("login-failed", bytes([LOGIN_VERSION, 1]))
         self.fields["user"] = user
         self.send(bytes([LOGIN_VERSION, 0]))
@@ -890,7 +1005,23 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         Raises RequestError, or OSError: `reply_for` turns its ``errno`` into a reply.
         """
         deadline = time.monotonic() + self.server.connect_timeout
-        return dial(resolve(destination, deadline), deadline, self.adopt)
+        return dial(self.permitted(destination, deadline), deadline, self.adopt)
+
+    def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
+        """The addresses of `destination` that the rules allow; RequestError if none is left."""
+        addresses = resolve(destination, deadline)
+        rules = [self.rule_for(destination.host, address) for address in addresses]
+        passed = [address for address, rule in zip(addresses, rules) if rule.allows]
+        if rules and not passed:
+            self.fields["rule"] = rules[0].text
+            raise RequestError(Reply.NOT_ALLOWED)
+        return passed
+
+    def rule_for(self, host: str, address: SocketAddress) -> Rule:
+        """The rule that decides on `host`, which is at `address`."""
+        name, user, at = plain_name(host), str(self.fields["user"]), Address.of(address[1])
+        ip = ipaddress.ip_address(at.host)
+        return next(rule for rule in self.rules if rule.matches(user, name, ip, at.port))
 
     def send(self, octets: bytes) -> None:
         """Send a part of the negotiation."""
@@ -912,7 +1043,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(answer)
             self.connection.shutdown(socket.SHUT_WR)
-            while not self.hung_up and self.connection.recv(SMALL_BUFFER):
+            while not self.hung_up.is_set() and self.connection.recv(SMALL_BUFFER):
                 pass
 
     def adopt(self, sock: socket.socket) -> None:
@@ -925,13 +1056,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.end = self.end or end
 
     def enter(self, phase: str, seconds: float) -> None:
-        """Begin a phase of the session, which may last `seconds`."""
-        self.deadline = time.monotonic() + seconds  # first: the old one may have passed
+        """Begin a phase of the session, or begin it anew; it may last `seconds`."""
+        self.entered = time.monotonic()
+        self.deadline = self.entered + seconds  # first: the old one may have passed
         self.phase = phase
 
     def check_deadline(self, now: float) -> None:
         """Hang up if the phase has lasted too long; a relay's progress begins it anew."""
-        if self.relay and not self.hung_up and self.relay.progress() != self.progress:
+        if self.relay and not self.hung_up.is_set() and self.relay.progress() != self.progress:
             self.progress = self.relay.progress()
             if self.relay.half_closed:
                 self.enter("linger", self.server.linger)
@@ -946,7 +1078,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         Called again while they do not: it may have come just before they began to wait.
         """
         self.conclude(end)
-        self.hung_up = True
+        self.hung_up.set()
         if self.relay:  # first, or it would take the shutdown() for an end to pass on
             self.relay.stop()
         for sock in self.sockets:
@@ -969,7 +1101,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 SWEEP_INTERVAL = 0.5     # seconds between two looks at the deadlines
 CLOSING_INTERVAL = 0.05  # seconds between two calls to leave
 EXHAUSTION_PAUSE = 0.1   # seconds to wait for room for another client
-WARNING_INTERVAL = 60.0  # seconds between two warnings that there is none
+WARNING_INTERVAL = 1.0   # seconds between two warnings of a kind
+NOTICE = 25              # a level of logging: nothing is wrong, but somebody has asked
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 SPARE_DESCRIPTORS = 16   # for what is not a session's
 
@@ -987,10 +1120,8 @@ def session_limit() -> int:
 class Socks5Server(socketserver.ThreadingTCPServer):
     """A SOCKS5 proxy that serves each client in a thread of its own.
 
-    `server_address` is a host and a port; ``::`` serves both families. `users` maps names
-    to passwords; without it, everybody is welcome. In seconds: `connect_timeout` to find
-    and reach a target, `handshake_timeout` for a client to say what it wants, `idle_timeout`
-    without progress (None: for ever), and `linger`, the same once a side has closed.
+    `server_address` is a host and a port; ``::`` serves both families. The other settings are
+    those of `configure`.
 
     ``serve_forever`` keeps the deadlines. ``server_close``, or the end of a ``with`` block,
     ends the sessions and waits for their threads; one that waits for the system's resolver
@@ -1005,26 +1136,47 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     request_queue_size = 1024
 
     def __init__(self, server_address: Tuple[str, int],
-                 RequestHandlerClass: Type[Socks5RequestHandler] = Socks5RequestHandler, *,
-                 users: Optional[Mapping[str, str]] = None, connect_timeout: float = 10.0,
-                 handshake_timeout: float = 10.0, idle_timeout: Optional[float] = None,
-                 linger: float = 60.0, bind_and_activate: bool = True) -> None:
-        self.users = None if users is None else {
-            name.encode(): password.encode() for name, password in users.items()}
-        self.connect_timeout = connect_timeout
-        self.handshake_timeout = handshake_timeout
-        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
-        self.linger = linger
+                 RequestHandlerClass: Callable[..., Any] = Socks5RequestHandler, *,
+                 bind_and_activate: bool = True, **settings: Any) -> None:
+        self.configure(**settings)
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
+        self.guests: Dict[Any, str] = {}  # hosts by socket: clients, from accepted to closed
+        self.guest_left = threading.Condition(self.lock)
+        self.totals: Dict[str, int] = collections.Counter()
         self.cache = ThreadCache()
         self.room = session_limit()
         self.next_sweep = 0.0
-        self.next_warning = 0.0
+        self.next_warning: Dict[str, float] = {}  # by what they say
         self.closed = False
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def configure(self, *, users: Optional[Mapping[str, str]] = None, rules: Iterable[str] = (),
+                  clients: Iterable[str] = (), max_sessions: Optional[int] = None,
+                  max_per_client: Optional[int] = None, connect_timeout: float = 10.0,
+                  handshake_timeout: float = 10.0, idle_timeout: Optional[float] = None,
+                  linger: float = 60.0) -> None:
+        """Settings for the sessions to come; those that are open keep their rules.
+
+        `users`: passwords by name; None serves everybody. `rules`: where they may go, each as
+        ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny …``. `clients`: networks to serve; none
+        serves all. `max_sessions` and `max_per_client`: how many at a time. In seconds:
+        `connect_timeout` to find and reach a target, `handshake_timeout` for a client to say
+        what it wants, `idle_timeout` without progress (None: for ever), and `linger`, the same
+        once a side has closed. Raises ValueError.
+        """
+        parsed = [Rule.read(rule) for rule in rules], [*map(ipaddress.ip_network, clients)]
+        self.rules, self.clients = parsed  # both are right, or nothing is changed
+        self.users = None if users is None else {
+            name.encode(): password.encode() for name, password in users.items()}
+        self.max_sessions = sys.maxsize if max_sessions is None else max_sessions
+        self.max_per_client = sys.maxsize if max_per_client is None else max_per_client
+        self.connect_timeout = connect_timeout
+        self.handshake_timeout = handshake_timeout
+        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
+        self.linger = linger
 
     def server_bind(self) -> None:
         """Bind, to both families if the address is ``::``."""
@@ -1037,19 +1189,48 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
         try:
-            if len(self.sessions) >= self.room:
+            if len(self.guests) >= self.room:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             return super().get_request()
         except OSError as error:
             if error.errno in EXHAUSTED:
-                if time.monotonic() >= self.next_warning:
-                    self.next_warning = time.monotonic() + WARNING_INTERVAL
-                    log.warning("clients have to wait: %s", error.strerror)
+                self.warn("clients have to wait: %s", error.strerror)
                 time.sleep(EXHAUSTION_PAUSE)
+            self.closed = self.closed or error.errno == errno.EINVAL  # by `stop_accepting`
             raise
+
+    def warn(self, message: str, *args: object) -> None:
+        """Log a warning, unless one of this kind was logged just before."""
+        if time.monotonic() >= self.next_warning.get(message, 0):
+            self.next_warning[message] = time.monotonic() + WARNING_INTERVAL
+            log.warning(message, *args)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether to serve a client: who it is, and how many there are; if not, say why."""
+        client = Address.of(client_address)
+        if self.clients and not any(ipaddress.ip_address(client.host) in network
+                                    for network in self.clients):
+            log.warning("client refused client=%s", client)
+            return False
+        if len(self.guests) >= self.max_sessions:
+            self.warn("too many sessions client=%s", client)
+            return False
+        if (self.max_per_client < sys.maxsize
+                and list(self.guests.values()).count(client.host) >= self.max_per_client):
+            self.warn("too many sessions of a client client=%s", client)
+            return False
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a client's connection, whatever came of it."""
+        super().shutdown_request(request)
+        with self.guest_left:
+            self.guests.pop(request, None)
+            self.guest_left.notify_all()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a session in a thread of its own."""
+        self.guests[request] = Address.of(client_address).host
         self.cache.start("socks5 client %s:%d" % client_address[:2],
                          lambda: self.process_request_thread(request, client_address))
 
@@ -1070,6 +1251,35 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             for session in self.sessions:
                 session.check_deadline(now)
 
+    def forget(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
+        """Leave `session` alone from here on, and keep its numbers."""
+        with self.lock:
+            self.sessions.discard(session)
+            for name, number in [("sessions", 1), ("up", state["up"]), ("down", state["down"]),
+                                 (session.end, 1)]:
+                self.totals[name] += number
+
+    def report(self) -> None:
+        """Log the live sessions, and the totals of those that have ended."""
+        with self.lock:
+            sessions, totals = list(self.sessions), dict(self.totals)
+        for session in sessions:
+            idle = "%.3f" % (time.monotonic() - session.entered)
+            session.log_message(NOTICE, "live", dict(
+                session.state(), idle=idle, phase=session.phase))
+        log.log(NOTICE, "totals live=%d%s", len(sessions), "".join(
+            " %s=%d" % total for total in totals.items()))
+
+    def stop_accepting(self) -> None:
+        """Stop listening, in all processes, and wake those that wait in accept()."""
+        self.closed = True
+        wake(self.socket, socket.SHUT_RD)
+
+    def drain(self, seconds: float) -> None:
+        """Wait until the sessions have ended, `seconds` at most."""
+        with self.guest_left:
+            self.guest_left.wait_for(lambda: not self.guests, seconds)
+
     def server_close(self) -> None:
         """Stop listening, end the sessions, and wait until their threads have left."""
         self.closed = True
@@ -1084,7 +1294,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                     thread.join(CLOSING_INTERVAL)
 
 
-# ---- workers: processes that serve on one socket -----------------------------------------
+# ---- service: what signals say to a server, and to workers that share its socket ---------
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is replaced
 SETTLED = 5.0  # seconds; a worker that dies sooner makes the next pause twice as long
@@ -1122,119 +1332,214 @@ def accept_forever(server: Socks5Server) -> None:
 
 
 def sweep_until_orphaned(server: Socks5Server, parent: int) -> None:
-    """Keep the deadlines of `server` until the pipe `parent` has no writer; then end all."""
+    """Keep the deadlines of `server` until the pipe `parent` has no writer; then stop it."""
     with AttemptSelector() as selector:
         selector.register(parent, selectors.EVENT_READ)
         while not selector.select(SWEEP_INTERVAL):
             server.service_actions()
+    server.stop_accepting()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Workers:
-    """Processes that serve on `server`, which their parent keeps open and leaves to them.
+class Service:
+    """A server that obeys signals, in this process, or in workers that this one keeps up.
 
-    So a client that is in its queue when a worker dies is served by another one. Signals are
-    blocked and waited for: one that came just before a system call would be overslept.
+    The parent of workers keeps the socket open and leaves it to them: a client that is in its
+    queue when a worker dies is served by another one. Signals are blocked and waited for: one
+    that came just before a system call would be overslept, and handlers could not take locks.
+    SIGINT and SIGTERM stop accepting, and let sessions go on for `drain` seconds; the second
+    one ends them. SIGHUP calls `reload`, which says whether it has worked. SIGUSR1 reports.
+    SIGUSR2 is how a process tells itself or its workers to end.
     """
 
-    def __init__(self, server: Socks5Server, count: int) -> None:
-        self.server = server
-        self.count = count
-        self.started: Dict[int, Tuple[int, float]] = {}  # by process: number, and when
+    def __init__(self, server: Socks5Server, count: int, drain: float,
+                 reload: Callable[[], bool]) -> None:
+        self.server, self.count, self.drain, self.reload = server, count, drain, reload
+        self.workers: Dict[int, Tuple[int, float]] = {}  # by process: number, and when started
         self.pause = SHORTEST_PAUSE
         self.parent, self.writer = os.pipe()
-        self.stopping = {number for number in (signal.SIGINT, signal.SIGTERM)
-                         if signal.getsignal(number) != signal.SIG_IGN}
+        self.owner = os.getpid()
+        self.stopping = False
+        self.has_terminal = os.isatty(0)
+        self.signals = {signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2} | {
+            number for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) != signal.SIG_IGN}
 
     def run(self) -> None:
-        """Keep the workers up until a signal comes; then end them. Raises KeyboardInterrupt."""
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        events = self.stopping | {signal.SIGCHLD}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, events)
-        try:
-            for number in range(self.count):
-                self.start(number)
-            while signal.sigwait(events) == signal.SIGCHLD:
-                self.replace_dead()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for process in self.started:
-                os.kill(process, signal.SIGTERM)
-            for process in self.started:
-                os.waitpid(process, 0)
-        raise KeyboardInterrupt
+        """Serve until signals have ended it."""
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # or it would be dropped
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        if self.count == 1:
+            self.serve(os.getpid(), 0)
+            return
+        for number in range(self.count):
+            self.start_worker(number, 0)
+        self.obey()
 
-    def start(self, number: int) -> None:
-        """Start a worker."""
+    def serve(self, number: int, pause: float) -> None:
+        """Serve in this process, on a CPU by `number`, `pause` seconds from now."""
+        stay_on_one_cpu(number)
+        for thread in (threading.Timer(pause, accept_forever, (self.server,)),
+                       threading.Thread(target=sweep_until_orphaned,
+                                        args=(self.server, self.parent))):
+            thread.daemon = True
+            thread.start()
+        self.obey()
+        self.server.server_close()
+
+    def obey(self) -> None:
+        """Carry out what signals say, until there is nothing left to serve."""
+        while True:
+            number = signal.sigwait(self.signals)
+            if number == signal.SIGCHLD:
+                self.replace_dead()
+            elif number == signal.SIGUSR1:
+                self.report()
+            elif number == signal.SIGHUP and not self.has_lost_its_terminal():
+                if self.reload():
+                    self.pass_on(signal.SIGHUP)
+            elif number == signal.SIGUSR2:
+                return
+            elif not self.stopping:
+                self.stop()
+            elif os.getpid() == self.owner:  # workers may get SIGTERM from the parent and others
+                self.end()
+
+    def has_lost_its_terminal(self) -> bool:
+        """Whether SIGHUP means what it has always meant: the connection to us is gone."""
+        return self.has_terminal and not os.isatty(0)
+
+    def report(self) -> None:
+        """Log what is going on, here or in the workers."""
+        if self.workers:
+            self.pass_on(signal.SIGUSR1)
+        else:
+            self.server.report()
+
+    def stop(self) -> None:
+        """Stop accepting, and end when the sessions have, or the workers."""
+        self.stopping = self.server.closed = True
+        if os.getpid() == self.owner:  # a worker that is to end alone leaves the socket to others
+            self.server.stop_accepting()
+            announce("Interrupted, ending.")
+        self.pass_on(signal.SIGTERM)
+        if not self.workers:
+            threading.Thread(target=self.end_when_drained, daemon=True).start()
+
+    def end_when_drained(self) -> None:
+        """End this process when no session is left, or no time."""
+        self.server.drain(self.drain)
+        self.end()
+
+    def end(self) -> None:
+        """End at once: this process, or the workers, and so this one after them."""
+        for process in self.workers or [os.getpid()]:
+            os.kill(process, signal.SIGUSR2)
+
+    def pass_on(self, number: int) -> None:
+        """Send the signal to the workers."""
+        for process in self.workers:
+            os.kill(process, number)
+
+    def start_worker(self, number: int, pause: float) -> None:
+        """Start a worker, which begins to serve `pause` seconds later."""
         process = os.fork()
         if process:
-            self.started[process] = number, time.monotonic()
+            self.workers[process] = number, time.monotonic()
             return
+        status = 1
         try:
-            self.work(number)
+            os.close(self.writer)
+            self.workers.clear()
+            self.signals.discard(signal.SIGINT)  # the parent gets it too, and sends SIGTERM
+            self.serve(self.owner + number, pause)
+            status = 0
+        except Exception as error:
+            log.error("worker failed error=%s", type(error).__name__,
+                      exc_info=log.isEnabledFor(logging.DEBUG))
         finally:
-            os._exit(0)
-
-    def work(self, number: int) -> None:
-        """The life of a worker: serve until a signal comes."""
-        os.close(self.writer)
-        stay_on_one_cpu(os.getppid() + number)
-        for job, arguments in ((accept_forever, (self.server,)),
-                               (sweep_until_orphaned, (self.server, self.parent))):
-            threading.Thread(target=job, args=arguments, daemon=True).start()
-        signal.sigwait(self.stopping)
-        with contextlib.suppress(KeyboardInterrupt):
-            # A second Ctrl-C ends at once; the parent's SIGTERM, after the first one, does not.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            self.server.server_close()
+            os._exit(status)
 
     def replace_dead(self) -> None:
-        """Start a worker for each that has died; after a pause, if it has not lived long."""
-        for process, (number, since) in list(self.started.items()):
+        """Start a worker for each that has died; if it has not lived long, it has to pause."""
+        for process, (number, since) in list(self.workers.items()):
             if not os.waitpid(process, os.WNOHANG)[0]:
                 continue
-            del self.started[process]
+            del self.workers[process]
+            if self.stopping:
+                continue
             settled = time.monotonic() - since > SETTLED
             self.pause = SHORTEST_PAUSE if settled else min(2 * self.pause, LONGEST_PAUSE)
             log.warning("worker %d has died: starting another in %g s", process, self.pause)
-            time.sleep(self.pause)
-            self.start(number)
+            self.start_worker(number, self.pause)
+        if self.stopping and not self.workers:
+            self.end()
 
 
 # ---- command line ------------------------------------------------------------------------
 
+SETTINGS = ["rules", "max_sessions", "max_per_client", "connect_timeout", "handshake_timeout",
+            "idle_timeout", "linger"]  # that are named alike in the command and in `configure`
 STACK_SIZE = 256 * 1024  # octets, for each thread
 SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes as often
 
 
-def port_number(text: str) -> int:
-    """A port, for argparse."""
-    if not 0 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError("%s is not in 0 to 65535" % text)
-    return int(text)
+class Parser(argparse.ArgumentParser):
+    """Options, from @FILE too, as a shell would read them; ValueError for what makes no sense."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
 
 
-def seconds(text: str) -> float:
-    """A time that passes, for argparse."""
-    if not 0 < float(text) < NEVER:
-        raise argparse.ArgumentTypeError("%s is not a positive number" % text)
-    return float(text)
+def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
+    """`convert`, for argparse, of what lies in between."""
+    def converted(text: str) -> float:
+        if not least <= convert(text) <= most:
+            raise argparse.ArgumentTypeError("%s is not in %g to %g" % (text, least, most))
+        return convert(text)
+    converted.__name__ = convert.__name__  # it stands in argparse's messages
+    return converted
 
 
-def make_parser() -> argparse.ArgumentParser:
+count = number(int, 1, 1e6)
+seconds = number(float, 0.001, 1e9)
+
+
+def worker_count(text: str) -> int:
+    """A number of workers, for argparse."""
+    return len(usable_cpus()) if text == "auto" else int(count(text))
+
+
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
-        allow_abbrev=False)
+        epilog="@FILE stands for the options in FILE, one a line; # begins a comment.",
+        fromfile_prefix_chars="@", allow_abbrev=False)
     add = parser.add_argument
-    add("port", nargs="?", type=port_number, default=1080,
+    add("port", nargs="?", type=number(int, 0, 65535), default=1080,
         help="port to serve on, 0 for any that is free (default: %(default)s)")
     add("--version", action="version", version="socks5.py " + __version__)
     add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
         help="address to serve on, 0.0.0.0 for all of IPv4, :: for all (default: %(default)s)")
     add("--users", metavar="FILE",
         help="serve the users in FILE only, which has a line name:password for each")
+    add("--client", metavar="NETWORK", dest="clients", action="append", default=[],
+        help="serve the clients in NETWORK only, and in those of further --client")
     add("--open", action="store_true", help="serve everybody who can reach ADDRESS")
+    add("--allow", metavar="RULE", dest="rules", action="append", type="allow {}".format,
+        default=[], help="let clients go to RULE, which is [USER@]HOST[:PORT[-PORT]]; of --allow "
+        "and --deny, the first that matches decides, and with any --allow the rest is denied")
+    add("--deny", metavar="RULE", dest="rules", action="append", type="deny {}".format,
+        help="do not let clients go to RULE")
+    add("--max-sessions", metavar="N", type=count,
+        help="sessions at a time, in each worker; who comes then is closed at once "
+        "(default: what there are descriptors for, and who comes then waits)")
+    add("--max-per-client", metavar="N", type=count,
+        help="the same, for each client's address (default: any number)")
     add("--connect-timeout", metavar="S", type=seconds, default=10.0,
         help="seconds to find and reach a target (default: %(default)g)")
     add("--handshake-timeout", metavar="S", type=seconds, default=10.0,
@@ -1243,30 +1548,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="seconds without progress that end a session (default: never)")
     add("--linger", metavar="S", type=seconds, default=60.0,
         help="the same once a side has closed (default: %(default)g)")
+    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
+        help="seconds for which sessions may go on after a signal to stop (default: %(default)g)")
     add("--workers", metavar="N", type=worker_count, default=1,
         help="processes to serve with, auto for one on each CPU (default: %(default)s)")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", dest="level", action="store_const", default=logging.INFO,
-                        const=logging.WARNING, help="log what is wrong, but not each session")
+                        const=NOTICE, help="log what is wrong, but not each session")
     volume.add_argument("-v", "--verbose", dest="level", action="store_const",
                         const=logging.DEBUG, help="log tracebacks too")
     return parser
-
-
-def worker_count(text: str) -> int:
-    """A number of workers, for argparse."""
-    count = len(usable_cpus()) if text == "auto" else int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError("%s is not a positive number" % text)
-    return count
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this host can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def raise_descriptor_limit() -> None:
@@ -1285,59 +1576,79 @@ def announce(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Serve as `args` say, until a signal comes; the exit status."""
-    users, exposed = None, False
-    try:
-        if args.users is not None:
-            users = load_users(args.users)
-            exposed = os.name == "posix" and bool(os.stat(args.users).st_mode & stat.S_IROTH)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    if users is None and not args.open and not is_loopback(args.bind):
-        parser.error("on %s everybody could use this proxy: name your users with --users FILE, "
-                     "or say --open if that is what you want" % args.bind)
-    try:
-        server = Socks5Server(
-            (args.bind, args.port), users=users, connect_timeout=args.connect_timeout,
-            handshake_timeout=args.handshake_timeout, idle_timeout=args.idle_timeout,
-            linger=args.linger)
-    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
-        print("socks5.py: cannot serve on %s port %d: %s" % (
-            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
-            file=sys.stderr)
-        return 1
-    with server:
-        address = Address.of(server.server_address)
-        announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
-        if exposed:
+def read_settings(args: argparse.Namespace) -> Dict[str, Any]:
+    """What `configure` takes, from `args` and the files that they name.
+
+    Raises OSError, or ValueError if it makes no sense, or would serve everybody unasked.
+    """
+    users = None
+    if args.users is not None:
+        users = load_users(args.users)
+        if os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
             log.warning("others can read %s: chmod o-r it", args.users)
-        if args.workers > 1 and hasattr(os, "fork"):
-            Workers(server, args.workers).run()
-        elif args.workers > 1:
-            log.warning("this system has no fork(): serving with one worker")
-        stay_on_one_cpu(os.getpid())
+    if users is None and not args.clients and not args.open and not is_loopback(args.bind):
+        raise ValueError(
+            "on %s everybody could use this proxy: name your users with --users FILE, or your "
+            "clients with --client NETWORK, or say --open if that is what you want" % args.bind)
+    for rule in map(Rule.read, args.rules):
+        if rule.user and rule.user not in (users or {}):
+            raise ValueError("%r: there is no such user" % rule.text)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    return dict(settings, users=users, clients=[*map(ipaddress.ip_network, args.clients)])
+
+
+def reload(server: Socks5Server, parser: Parser, argv: Optional[List[str]]) -> bool:
+    """Give `server` the settings of `argv` and of its files as they are now, if they are right."""
+    try:
+        server.configure(**read_settings(parser.parse_args(argv)))
+    except (OSError, ValueError, RecursionError, SystemExit) as error:  # the last from --help
+        log.warning("settings are as before: %s", error)
+        return False
+    log.log(NOTICE, "settings have been read again")
+    return True
+
+
+def serve(server: Socks5Server, args: argparse.Namespace, reload: Callable[[], bool]) -> None:
+    """Serve until a signal comes."""
+    address = Address.of(server.server_address)
+    announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
+    if args.workers > 1 and not hasattr(os, "fork"):
+        log.warning("this system has no fork(): serving with one worker")
+    if hasattr(signal, "pthread_sigmask"):
+        Service(server, args.workers, args.drain, reload).run()
+        return
+    try:
         server.serve_forever()
-    return 0
+    except KeyboardInterrupt:
+        server.socket.close()
+        server.drain(args.drain)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; its exit status."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
-    logging.raiseExceptions = False  # a log that cannot be written stops nobody
+    try:
+        args = parser.parse_args(argv)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
+        logging.addLevelName(NOTICE, "NOTICE")
+        logging.raiseExceptions = False  # a log that cannot be written stops nobody
+        settings = read_settings(args)
+    except (OSError, ValueError, RecursionError) as error:
+        argparse.ArgumentParser.error(parser, str(error))
     raise_descriptor_limit()
     threading.stack_size(STACK_SIZE)
     sys.setswitchinterval(SWITCH_INTERVAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return serve(args, parser)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        announce("Interrupted, ending.")
-        return 0
+        server = Socks5Server((args.bind, args.port), **settings)
+    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
+        print("socks5.py: cannot serve on %s port %d: %s" % (
+            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
+            file=sys.stderr)
+        return 1
+    with contextlib.suppress(KeyboardInterrupt), server:
+        serve(server, args, lambda: reload(server, parser, argv))
+    return 0
 
 
 if __name__ == "__main__":

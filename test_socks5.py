@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import ipaddress
 import logging
 import os
 import queue
@@ -42,6 +43,7 @@ NO_ROUTE = ("255.255.255.255", 1)  # what the kernel refuses at once: ENETUNREAC
 
 logging.getLogger("socks5").propagate = False
 logging.getLogger("socks5").addHandler(logging.NullHandler())
+socks5.LOGIN_PAUSE = 0  # but for the test that is about it
 
 
 # ---- tools -------------------------------------------------------------------------------
@@ -339,6 +341,83 @@ class FramesTest(TestCase):
 
 
 # ---- rules -------------------------------------------------------------------------------
+
+class RulesTest(TestCase):
+    def test_forms(self):
+        for rule, yes, no in [
+                ("*", [("", "a.example", "10.0.0.1", 80), ("", "", "::1", 0)], []),
+                ("*:80", [("", "", "10.0.0.1", 80)], [("", "", "10.0.0.1", 81)]),
+                ("*:80-82", [("", "", "10.0.0.1", port) for port in (80, 81, 82)],
+                 [("", "", "10.0.0.1", port) for port in (79, 83)]),
+                ("10.0.0.1", [("", "", "10.0.0.1", 80), ("", "a.example", "10.0.0.1", 80)],
+                 [("", "", "10.0.0.2", 80), ("", "", "::1", 80)]),
+                ("10.0.0.0/8:80", [("", "", "10.255.0.1", 80)],
+                 [("", "", "11.0.0.1", 80), ("", "", "10.0.0.1", 8)]),
+                ("2001:db8::1", [("", "", "2001:db8::1", 80)], [("", "", "2001:db8::", 80)]),
+                ("[2001:db8::]:1", [("", "", "2001:db8::", 1)], [("", "", "2001:db8::1", 80)]),
+                ("2001:db8::/32", [("", "", "2001:db8:ffff::", 80)], [("", "", "10.0.0.1", 80)]),
+                ("[2001:db8::/32]:80", [("", "", "2001:db8::", 80)], [("", "", "2001:db8::", 8)]),
+                ("a.example", [("", "A.Example.", "10.0.0.1", 80)],
+                 [("", "b.a.example", "10.0.0.1", 80), ("", "", "10.0.0.1", 80),
+                  ("", "10.0.0.1", "10.0.0.1", 80), ("", "aa.example", "10.0.0.1", 80)]),
+                ("A.EXAMPLE.:80", [("", "a.example", "::1", 80)], [("", "a.example", "::1", 8)]),
+                ("b\u00fccher.example", [("", "xn--bcher-kva.example", "::1", 80),
+                                         ("", "b\u00fccher.example", "::1", 80)], []),
+                ("*.example", [("", name, "::1", 80) for name in (
+                    "example", "a.example", "b.a.example.")],
+                 [("", "anexample", "::1", 80), ("", "example.com", "::1", 80),
+                  ("", "", "10.0.0.1", 80)]),
+                ("alice@*", [("alice", "", "::1", 1)], [("", "", "::1", 1), ("bob", "", "::1", 1)]),
+                ("a@b@10.0.0.1:22", [("a@b", "", "10.0.0.1", 22)], [("b", "", "10.0.0.1", 22)])]:
+            for answer, questions in ((True, yes), (False, no)):
+                for user, host, ip, port in questions:
+                    with self.subTest(rule=rule, host=host, ip=ip, port=port):
+                        self.assertIs(socks5.Rule.read("deny " + rule).matches(
+                            user, socks5.plain_name(host) if host else b"",
+                            ipaddress.ip_address(ip), port), answer)
+
+    def test_bad_rules_are_quoted_and_explained(self):
+        for rule, why in [
+                ("", "HOST"), (":80", "HOST"), ("a:", "HOST"), ("a:http", "HOST"), ("@a", "HOST"),
+                ("[::1", "HOST"), ("[::1]80", "HOST"), ("a b", "no address"), ("a:70000", "ports"),
+                ("a:2-1", "ports"), ("10.0.0.1/8", "host bits"), ("10.0.0.256", "not appear"),
+                ("10.0.0.0/33", "not appear"), ("::g", "not appear"),
+                ("a*.example", "no address"), ("*.*.example", "no address"), ("*.", "no address"),
+                ("::ffff:10.0.0.1", "IPv4"), ("::ffff:10.0.0.0/104", "IPv4"), ("a..b", "no address")]:
+            with self.subTest(rule=rule), self.assertRaises(ValueError) as caught:
+                socks5.Rule.read("allow " + rule)
+            self.assertIn(repr("allow " + rule), str(caught.exception))
+            self.assertIn(why, str(caught.exception))
+        with self.assertRaises(ValueError):
+            socks5.Rule.read("permit *")
+
+    def decide(self, rules, host, client="10.9.9.9"):
+        """What the rules say to a client about an IP literal: whether it may, and which rule."""
+        rules = socks5.complete([socks5.Rule.read(rule) for rule in rules], client)
+        rule = next(rule for rule in rules if rule.matches("", b"", ipaddress.ip_address(host), 80))
+        return rule.allows, rule.text
+
+    def test_first_match_decides(self):
+        for rules, allowed, text in [
+                ([], True, "default"), (["deny 10.0.0.2"], True, "default"),
+                (["allow 10.0.0.2"], False, "default"),
+                (["deny 10.0.0.1", "allow *"], False, "deny:10.0.0.1"),
+                (["allow *", "deny 10.0.0.1"], True, "allow:*")]:
+            self.assertEqual(self.decide(rules, "10.0.0.1"), (allowed, text))
+
+    def test_what_is_denied_unasked(self):
+        for host, local, remote in [
+                ("169.254.169.254", False, False), ("fe80::1", False, False),
+                ("127.0.0.1", True, False), ("127.255.0.1", True, False), ("::1", True, False),
+                ("0.0.0.0", True, False), ("::", True, False), ("10.0.0.1", True, True)]:
+            for client, allowed in [("127.0.0.1", local), ("::1", local), ("10.9.9.9", remote)]:
+                with self.subTest(host=host, client=client):
+                    expected = "default" if allowed else "built-in:"
+                    self.assertEqual(self.decide([], host, client)[0], allowed)
+                    self.assertTrue(self.decide([], host, client)[1].startswith(expected))
+                    self.assertTrue(self.decide(["allow " + host], host, client)[0])
+                    self.assertFalse(self.decide(["deny " + host, "allow *"], host, client)[0])
+
 
 class UsersFileTest(TestCase):
     def load(self, content):
@@ -1156,6 +1235,102 @@ class HandlerTest(LoggedTestCase):
         self.assertEqual(read_all(client), (b"", "end"))
 
 
+class PermissionTest(LoggedTestCase):
+    """Rules, as a client meets them."""
+
+    def ask(self, rules, host, *answers, users=None, client=None):
+        """The reply to a request for the name `host`, its log line, and the addresses tried."""
+        tried = []
+
+        class Watched(socks5.Socks5RequestHandler):
+            def setup(self):
+                self.client_address = client or self.client_address
+                super().setup()
+
+            def adopt(self, sock):
+                tried.append(sock)
+                super().adopt(sock)
+
+        def converse(server):
+            name = host.encode()
+            sock = self.client(server)
+            sock.sendall(octets(LOGIN if users else GREET) + octets("05 01 00 03")
+                         + bytes([len(name)]) + name + octets("00 50"))
+            answer = read_count(sock, 6 if users else 4)
+            self.reply = answer[-1]
+
+        with resolver(*answers):
+            line = self.fields(self.log_of(converse, handler=Watched, rules=rules, users=users)[0])
+        return self.reply, line, len(set(tried))
+
+    def test_only_addresses_that_passed_are_dialed(self):
+        listener, dead = self.listen(), self.dead()
+        good = listener.getsockname()
+        reply, line, tried = self.ask(["deny 127.0.0.2", "deny ::1"], "mixed.example",
+                                      ("127.0.0.2", good[1]), ("::1", good[1]), good)
+        self.assertEqual((reply, tried, line["reached"]), (0, 1, "127.0.0.1:%d" % good[1]))
+        reply, line, tried = self.ask(["allow *:%d" % dead[1]], "mixed.example", good, dead)
+        self.assertEqual((reply, tried), (5, 1))
+
+    def test_nothing_left(self):
+        reply, line, tried = self.ask(["deny 127.0.0.0/8"], "a.example", ("127.0.0.1", 9))
+        self.assertEqual((reply, tried, line["rule"]), (2, 0, "deny:127.0.0.0/8"))
+        self.assertEqual((line["reply"], line["end"]), ("NOT_ALLOWED", "refused"))
+
+    def test_mapped_addresses_are_unwrapped(self):
+        reply, line, _ = self.ask(["deny 127.0.0.0/8"], "a.example", ("::ffff:127.0.0.1", 9, 0, 0))
+        self.assertEqual((reply, line["rule"]), (2, "deny:127.0.0.0/8"))
+        self.assertEqual(self.ask([], "::ffff:169.254.169.254")[0], 2)
+
+    def test_names_as_asked(self):
+        for rule in ("deny *.example", "deny SECRET.example"):
+            reply, line, _ = self.ask([rule], "Secret.EXAMPLE.", ("127.0.0.1", 9))
+            self.assertEqual((reply, line["rule"]), (2, rule.replace(" ", ":")))
+
+    def test_no_second_look_up(self):
+        listener = self.listen()
+        answers = [listener.getsockname(), ("169.254.169.254", 80)]
+
+        def getaddrinfo(name, *args, **kwargs):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", answers.pop(0))]
+
+        client = self.client(self.serve())
+        with mock.patch("socket.getaddrinfo", getaddrinfo):
+            client.sendall(octets(GREET + "05 01 00 03 01 78 00 50"))
+            self.assertEqual(read_count(client, 4), octets("05 00 05 00"))
+        self.assertEqual(len(answers), 1)
+
+    def test_users(self):
+        for rule, reply in (("allow alice@*", 5), ("allow bob@*", 2), ("deny alice@*", 2)):
+            self.assertEqual(self.ask([rule], "a.example", self.dead(), users=USERS)[0], reply)
+
+    def test_own_host_from_afar(self):
+        dead = self.dead()
+        for client, rules, reply in [(("127.0.0.1", 5), [], 5), (("192.0.2.1", 5), [], 2),
+                                     (("::ffff:192.0.2.1", 5, 0, 0), [], 2),
+                                     (("192.0.2.1", 5), ["allow 127.0.0.1"], 5)]:
+            self.assertEqual(self.ask(rules, "a.example", dead, client=client)[0], reply)
+
+    def test_rules_of_a_session_stay(self):
+        def converse(server):
+            client = self.client(server)
+            client.sendall(octets(GREET))
+            self.assertEqual(read_count(client, 2), octets("05 00"))
+            server.configure(rules=["deny *"])
+            client.sendall(octets("05 01 00 01 7f 00 00 01 00 00"))
+            self.assertNotEqual(read_count(client, 2)[1], 2)
+            client.close()
+            self.assertEqual(self.request(server, 0)[1][1], 2)
+
+        self.log_of(converse)
+
+    def test_settings_are_changed_together(self):
+        server = self.serve(rules=["deny *"])
+        with self.assertRaises(ValueError):
+            server.configure(rules=["allow *"], clients=["10.0.0.1/8"])
+        self.assertEqual([rule.text for rule in server.rules], ["deny:*"])
+
+
 class LogTest(LoggedTestCase):
     def test_session_line(self):
         listener = self.listen()
@@ -1178,7 +1353,7 @@ class LogTest(LoggedTestCase):
         self.assertEqual(len(lines), 1)
         self.assertRegex(lines[0], (
             r"^session client=127\.0\.0\.1:\d+ user=alice command=CONNECT "
-            r"destination=localhost:%d reached=127\.0\.0\.1:%d reply=SUCCEEDED "
+            r"destination=localhost:%d reached=127\.0\.0\.1:%d reply=SUCCEEDED rule=- "
             r"up=5 down=3 seconds=\d+\.\d{3} end=target-closed$") % (port, port))
 
     def test_why_a_session_ended(self):
@@ -1219,6 +1394,25 @@ class LogTest(LoggedTestCase):
         self.assertNotIn("hunter2", "".join(lines))
         self.assertNotIn("secret", "".join(lines))
 
+    def test_failed_login_is_answered_later(self):
+        with mock.patch.object(socks5, "LOGIN_PAUSE", 2 * PATIENCE):
+            server = self.serve(users=USERS)
+            with self.assertLogs("socks5", "WARNING"):
+                guess = self.client(server)
+                guess.sendall(octets("05 01 02 01 01 61 01 62"))
+                self.assertEqual(read_count(guess, 2), octets("05 02"))
+                client = self.client(server)  # others are served in the meantime
+                client.sendall(octets(LOGIN))
+                self.assertEqual(read_count(client, 4), octets("05 02 01 00"))
+                while not any(session.phase == "refusal" for session in list(server.sessions)):
+                    time.sleep(0.001)  # nothing outside tells when a session is that far
+            guess.setblocking(False)
+            with self.assertRaises(BlockingIOError):
+                guess.recv(1)
+            self.stop(server)  # without waiting for the pause
+            guess.setblocking(True)
+            self.assertEqual(read_all(guess), (octets("01 01"), "end"))
+
     def test_nothing_from_the_network_can_forge_a_line(self):
         name = b"x\r\nsession \x1b[31m client=6.6.6.6:1 \xe2\x80\xae\xff\\\0 end=fine"
 
@@ -1230,7 +1424,7 @@ class LogTest(LoggedTestCase):
 
         line = self.log_of(converse)[0]
         self.assertRegex(line, r"^[!-~ ]*$")
-        self.assertEqual(len(line.split(" ")), 11)
+        self.assertEqual(len(line.split(" ")), 12)
         self.assertIn(r"destination=[x\r\nsession\x20\x1b[31m\x20client=6.6.6.6:1\x20", line)
         self.assertEqual(self.fields(line)["end"], "refused")
 
@@ -1406,7 +1600,7 @@ class ServerTest(LoggedTestCase):
 
             def wait_for_hang_up(self):
                 self.phase = "here"
-                while not self.hung_up:
+                while not self.hung_up.is_set():
                     time.sleep(0.001)
 
         class AfterAdopt(BeforeAdopt):
@@ -1505,6 +1699,75 @@ class ServerTest(LoggedTestCase):
         self.assertEqual(read_count(second, 2), octets("05 00"))
 
     @unittest.skipUnless(resource, "no limits to raise")
+    def test_clients_that_are_served(self):
+        for clients, served in [(["127.0.0.0/8"], True), (["10.0.0.0/8", "127.0.0.1"], True),
+                                (["10.0.0.0/8", "::1"], False)]:
+            def converse(server, served=served):
+                client = self.client(server)
+                with contextlib.suppress(OSError):  # it may have been closed already
+                    client.sendall(octets("05 01 02"))
+                self.assertEqual(read_all(client)[0], octets("05 ff") if served else b"")
+
+            line = self.log_of(converse, clients=clients)[0]
+            self.assertRegex(line, r"^session " if served else
+                             r"^client refused client=127\.0\.0\.1:\d+$")
+
+    def test_limits(self):
+        for setting in ("max_sessions", "max_per_client"):
+            with self.assertLogs("socks5", "WARNING") as logs, \
+                    mock.patch.object(socks5, "WARNING_INTERVAL", PATIENCE):
+                server = self.serve(**{setting: 2})
+                tunnels = [self.tunnel(server) for _ in range(2)]
+                for _ in range(3):
+                    self.assertEqual(read_all(self.client(server))[0], b"")
+                for sock in tunnels.pop():
+                    sock.close()
+                while len(server.guests) > 1:
+                    time.sleep(0.001)  # nothing outside tells when a session has left
+                tunnels.append(self.tunnel(server))
+                self.stop(server)
+            self.assertEqual(len(logs.output), 1)
+            self.assertRegex(logs.output[0], r"too many sessions.* client=127\.0\.0\.1:\d+$")
+
+    def test_limit_is_each_client_s(self):
+        server = self.serve(max_per_client=1)
+        self.tunnel(server)
+        with self.own(socket.socket()) as client:
+            client.bind(("127.0.0.2", 0))
+            client.connect(server.server_address)
+            client.sendall(octets(GREET))
+            self.assertEqual(read_count(client, 2), octets("05 00"))
+
+    def test_report(self):
+        def converse(server):
+            self.client(server).close()
+            client, target = self.tunnel(server)
+            client.sendall(b"12345")
+            self.assertEqual(read_count(target, 5), b"12345")
+            while not server.totals or not any(
+                    session.relay and session.relay.up.octets for session in server.sessions):
+                time.sleep(0.001)  # the sender's thread counts after the receiver has read
+            server.report()
+
+        lines = self.log_of(converse, level=socks5.NOTICE)
+        self.assertRegex(lines[0], (
+            r"^live client=127\.0\.0\.1:\d+ user=- command=CONNECT destination=127\.0\.0\.1:\d+ "
+            r"reached=127\.0\.0\.1:\d+ reply=SUCCEEDED rule=- up=5 down=0 seconds=\d+\.\d{3} "
+            r"idle=\d+\.\d{3} phase=\w+$"))
+        self.assertEqual(lines[1:], ["totals live=1 sessions=1 up=0 down=0 client-left=1"])
+
+    def test_drain(self):
+        server = self.serve()
+        server.drain(PATIENCE)  # nobody is there
+        client, target = self.tunnel(server)
+        server.drain(0)
+        self.assertEqual(len(server.sessions), 1)
+        thread = self.thread(server.drain, PATIENCE)
+        client.close()
+        target.close()
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive() or server.guests)
+
     def test_six_hundred_tunnels(self):
         socks5.raise_descriptor_limit()
         if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4000:
@@ -1555,6 +1818,24 @@ class CommandTestCase(TestCase):
         """The port in the first line that `process` prints."""
         return int(re.search(r" port (\d+) ", process.stdout.readline()).group(1))
 
+    def open_tunnel(self, port):
+        """A client of the server on `port`, relayed to a target."""
+        listener = self.listen()
+        client = self.own(socket.create_connection(("127.0.0.1", port)))
+        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01")
+                       + struct.pack(">H", listener.getsockname()[1]))
+        self.assertEqual(read_count(client, 12)[:4], octets("05 00 05 00"))
+        return client, self.own(listener.accept()[0])
+
+    def file(self, content, mode=0o600):
+        """The path of a file with this content, which is there until the end."""
+        handle, path = tempfile.mkstemp()
+        self.addCleanup(os.remove, path)
+        os.write(handle, content)
+        os.close(handle)
+        os.chmod(path, mode)
+        return path
+
     def run_to_end(self, *command, **settings):
         """The exit status of `command`, and what it says."""
         process = self.start(*command, **settings)
@@ -1567,7 +1848,7 @@ class CommandTestCase(TestCase):
 class CommandLineTest(CommandTestCase):
     def test_start_line_and_interrupt(self):
         for address, url in [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")][:1 + has_ipv6()]:
-            process = self.start("socks5.py", "-b", address, "0")
+            process = self.start("socks5.py", "--drain", "0", "-b", address, "0")
             line = process.stdout.readline()
             self.assertRegex(line, r"^Serving SOCKS5 on %s port (\d+) \(socks5h://%s:\1\) \.\.\.$"
                              % (address, re.escape(url)))
@@ -1611,16 +1892,21 @@ class CommandLineTest(CommandTestCase):
             self.assertEqual(socks5.main([]), 1)
             self.assertEqual(socks5.main([
                 "-b", "::1", "--connect-timeout", "1", "--handshake-timeout", "2",
-                "--idle-timeout", "3", "--linger", "4.5", "5"]), 1)
+                "--idle-timeout", "3", "--linger", "4.5", "--allow", "a:1", "--deny", "b",
+                "--allow", "c", "--client", "10.0.0.0/8", "--max-sessions", "6",
+                "--max-per-client", "7", "5"]), 1)
         self.addCleanup(setattr, logging, "raiseExceptions", True)
         self.assertEqual(server.mock_calls, [
-            mock.call(("127.0.0.1", 1080), users=None, connect_timeout=10, handshake_timeout=10,
+            mock.call(("127.0.0.1", 1080), users=None, rules=[], clients=[], max_sessions=None,
+                      max_per_client=None, connect_timeout=10, handshake_timeout=10,
                       idle_timeout=None, linger=60),
-            mock.call(("::1", 5), users=None, connect_timeout=1, handshake_timeout=2,
-                      idle_timeout=3, linger=4.5)])
+            mock.call(("::1", 5), users=None, rules=["allow a:1", "deny b", "allow c"],
+                      clients=[ipaddress.ip_network("10.0.0.0/8")], max_sessions=6,
+                      max_per_client=7, connect_timeout=1, handshake_timeout=2, idle_timeout=3,
+                      linger=4.5)])
 
     def test_terminate(self):
-        process = self.start("socks5.py", "0")
+        process = self.start("socks5.py", "--drain", "0", "0")
         listener = self.listen()
         with socket.create_connection(("127.0.0.1", self.port(process))) as client:
             client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01")
@@ -1654,16 +1940,8 @@ class CommandLineTest(CommandTestCase):
             self.assertIn("socks5", process.communicate(timeout=PATIENCE)[0])
             self.assertEqual(process.returncode, 0)
 
-    def users_file(self, content, mode):
-        handle, path = tempfile.mkstemp(".users")
-        self.addCleanup(os.remove, path)
-        os.write(handle, content)
-        os.close(handle)
-        os.chmod(path, mode)
-        return path
-
     def test_bad_users_file(self):
-        path = self.users_file(b"alice:secret\nhunter2\n", 0o600)
+        path = self.file(b"alice:secret\nhunter2\n")
         status, err = self.run_to_end("socks5.py", "--users", path, "0")
         self.assertEqual(status, 2)
         self.assertIn("%s, line 2" % path, err)
@@ -1671,13 +1949,43 @@ class CommandLineTest(CommandTestCase):
 
     def test_users(self):
         for mode, warning in ((0o600, False), (0o644, True)):
-            path = self.users_file(b"alice:secret\n", mode)
-            process = self.start("socks5.py", "-q", "-b", "0.0.0.0", "--users", path, "0")
+            path = self.file(b"alice:secret\n", mode)
+            process = self.start("socks5.py", "-q", "--drain", "0", "-b", "0.0.0.0",
+                                 "--users", path, "0")
             client = self.own(socket.create_connection(("127.0.0.1", self.port(process))))
             client.sendall(octets(LOGIN))
             self.assertEqual(read_count(client, 4), octets("05 02 01 00"))
             process.send_signal(signal.SIGINT)
             self.assertEqual("chmod o-r" in process.communicate(timeout=PATIENCE)[1], warning)
+
+    def test_users_in_rules(self):
+        path = self.file(b"alice:secret\n")
+        for arguments in (["--allow", "alice@*"], ["--users", path, "--deny", "bob@*"]):
+            status, err = self.run_to_end("socks5.py", *arguments)
+            self.assertEqual(status, 2)
+            self.assertIn("no such user", err)
+
+    def test_clients_are_a_decision(self):
+        process = self.start("socks5.py", "-b", "0.0.0.0", "--client", "10.0.0.0/8", "0")
+        client = self.own(socket.create_connection(("127.0.0.1", self.port(process))))
+        self.assertEqual(read_all(client)[0], b"")
+        self.assertIn("client refused", process.stderr.readline())
+
+    def test_options_from_a_file(self):
+        good = self.file(b"# a comment\n\n--deny '127.0.0.0/8'  # mine\n-q\n")
+        process = self.start("socks5.py", "@" + good, "0")
+        client = self.own(socket.create_connection(("127.0.0.1", self.port(process))))
+        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01 00 50"))
+        self.assertEqual(read_count(client, 4), octets("05 00 05 02"))
+        loop = self.file(b"")
+        for content in (b"--deny 'x", b"--linger 0", b"\xff", b"--deny a:", b"--no-such",
+                        b"@" + os.fsencode(loop)):
+            with open(loop, "wb") as file:
+                file.write(content)
+            with self.subTest(content=content):
+                status, err = self.run_to_end("socks5.py", "@" + loop, "0")
+                self.assertEqual((status, "socks5.py: error: " in err), (2, True), err)
+        self.assertEqual(self.run_to_end("socks5.py", "@" + HERE)[0], 2)
 
     def test_quiet(self):
         process = self.start("socks5.py", "-q", "0")
@@ -1732,22 +2040,13 @@ def children(process):
 @unittest.skipUnless(hasattr(os, "fork") and os.path.exists(
     "/proc/self/task/%d/children" % os.getpid()), "no fork, or no /proc to see workers in")
 class WorkersTest(CommandTestCase):
-    def start_workers(self, count=2):
+    def start_workers(self, *options, count=2):
         """A server with workers, its port, and the workers."""
-        process = self.start("socks5.py", "-q", "--workers", str(count), "0")
+        process = self.start("socks5.py", "-q", "--workers", str(count), *options, "0")
         port = self.port(process)
         while len(children(process)) < count:
             time.sleep(0.001)  # nothing outside tells when they have been started
         return process, port, children(process)
-
-    def open_tunnel(self, port):
-        """A client of the server on `port`, relayed to a target."""
-        listener = self.listen()
-        client = self.own(socket.create_connection(("127.0.0.1", port)))
-        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01")
-                       + struct.pack(">H", listener.getsockname()[1]))
-        self.assertEqual(read_count(client, 12)[:4], octets("05 00 05 00"))
-        return client, self.own(listener.accept()[0])
 
     def runs(self, process):
         """Whether a thread of `process` has not been stopped."""
@@ -1799,7 +2098,7 @@ class WorkersTest(CommandTestCase):
 
     def test_signal_ends_parent_and_workers(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            process, port, workers = self.start_workers()
+            process, port, workers = self.start_workers("--drain", "0")
             client, target = self.open_tunnel(port)
             process.send_signal(number)
             self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
@@ -1810,7 +2109,7 @@ class WorkersTest(CommandTestCase):
                     os.kill(worker, 0)
 
     def test_interrupt_from_the_terminal(self):
-        process, port, workers = self.start_workers()
+        process, port, workers = self.start_workers("--drain", "0")
         client, target = self.open_tunnel(port)
         for each in (*workers, process.pid):  # a terminal sends it to all of them
             os.kill(each, signal.SIGINT)
@@ -1818,21 +2117,21 @@ class WorkersTest(CommandTestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_workers_end_with_a_parent_that_is_killed(self):
-        process, port, _ = self.start_workers()
+        process, port, _ = self.start_workers("--drain", "0")
         client, _ = self.open_tunnel(port)
         process.kill()
         self.assertEqual(read_all(client), (b"", "reset"))
 
     def test_pause_grows_while_workers_die_at_once(self):
-        workers = socks5.Workers(None, 1)
-        for descriptor in (workers.parent, workers.writer):
+        service = socks5.Service(None, 1, 0, None)
+        for descriptor in (service.parent, service.writer):
             self.addCleanup(os.close, descriptor)
         pauses = []
-        with mock.patch("time.sleep", pauses.append), mock.patch.object(workers, "start"), \
+        with mock.patch.object(service, "start_worker", lambda *args: pauses.append(args[1])), \
                 mock.patch("os.waitpid", lambda process, options: (process, 9)):
             for age in [0] * 7 + [60]:
-                workers.started = {1: (0, time.monotonic() - age)}
-                workers.replace_dead()
+                service.workers = {1: (0, time.monotonic() - age)}
+                service.replace_dead()
         self.assertEqual(pauses, [0.2, 0.4, 0.8, 1.6, 3, 3, 3, 0.1])
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "no choice of CPUs here")
@@ -1842,6 +2141,149 @@ class WorkersTest(CommandTestCase):
         for worker in workers:
             while len(os.sched_getaffinity(worker)) > 1:
                 time.sleep(0.001)  # until it has come that far
+
+
+@unittest.skipUnless(hasattr(signal, "pthread_sigmask"), "signals as POSIX has them")
+class SignalsTest(CommandTestCase):
+    """Each signal, to a server alone, and to one with workers."""
+
+    def each(self, *options):
+        """A server alone, then one with workers: the process, its port, and how many serve."""
+        for workers in (1, 2)[:1 + hasattr(os, "fork")]:
+            process = self.start("socks5.py", "-q", "--workers", str(workers), *options, "0")
+            yield process, self.port(process), workers
+
+    def wait_for(self, process, what, times):
+        """Read what `process` logs until so many lines say `what`; the lines."""
+        lines = []
+        while sum(what in line for line in lines) < times:
+            lines.append(process.stderr.readline())
+            self.assertTrue(lines[-1], lines)
+        return lines
+
+    def check_relays(self, client, target):
+        """That octets go both ways."""
+        for source, sink in ((client, target), (target, client)):
+            source.sendall(b"ping")
+            self.assertEqual(read_count(sink, 4), b"ping")
+
+    def test_sessions_may_end_by_themselves(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            for process, port, _ in self.each("--drain", str(2 * PATIENCE)):
+                client, target = self.open_tunnel(port)
+                process.send_signal(number)
+                self.assertEqual(process.stdout.readline(), "Interrupted, ending.\n")
+                with self.assertRaises(OSError):
+                    while True:  # those in the queue are turned away a moment later
+                        socket.create_connection(("127.0.0.1", port)).close()
+                self.check_relays(client, target)
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(target), (b"", "end"))
+                target.sendall(b"late")
+                target.close()
+                self.assertEqual(read_all(client), (b"late", "end"))
+                self.assertEqual(process.wait(PATIENCE), 0)
+                self.assertEqual(process.stderr.read(), "")
+
+    def test_signal_to_all_is_not_a_second_one(self):
+        process, port, _ = list(self.each("--drain", str(2 * PATIENCE)))[-1]
+        client, target = self.open_tunnel(port)
+        everybody = [process.pid] + children(process)
+        for each in everybody:
+            os.kill(each, signal.SIGTERM)
+        self.assertEqual(process.stdout.readline(), "Interrupted, ending.\n")
+        for each in everybody[1:]:
+            os.kill(each, signal.SIGTERM)
+        self.check_relays(client, target)
+        process.terminate()
+        self.assertEqual((read_all(client)[1], process.wait(PATIENCE)), ("reset", 0))
+
+    def test_second_signal_ends_at_once(self):
+        for process, port, _ in self.each("--drain", str(2 * PATIENCE)):
+            client, target = self.open_tunnel(port)
+            process.terminate()
+            self.assertEqual(process.stdout.readline(), "Interrupted, ending.\n")
+            self.check_relays(client, target)
+            process.terminate()
+            self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
+            self.assertEqual(process.wait(PATIENCE), 0)
+
+    def log_in(self, port, password):
+        """What the server on `port` says to alice, who then asks for a target."""
+        with self.own(socket.create_connection(("127.0.0.1", port))) as client:
+            client.sendall(octets("05 01 02 01 05 61 6c 69 63 65") + bytes([len(password)])
+                           + password + octets("05 01 00 01 7f 00 00 01 00 00"))
+            client.shutdown(socket.SHUT_WR)
+            return read_all(client)[0][:6]
+
+    def test_reload(self):
+        denied = octets("05 02 01 00 05 02")
+        users = self.file(b"alice:one")
+        options = self.file(b"--deny *")
+        for process, port, workers in self.each("--users", users, "@" + options):
+            readers = workers + (workers > 1)  # with workers, the parent reads them too
+            for path, content in ((users, b"alice:one"), (options, b"--deny *")):
+                self.write(path, content)
+            process.send_signal(signal.SIGHUP)
+            self.wait_for(process, "NOTICE settings have been read again", readers)
+            self.assertEqual(self.log_in(port, b"one"), denied)
+            self.write(users, b"alice:two")
+            process.send_signal(signal.SIGHUP)
+            self.wait_for(process, "NOTICE settings have been read again", readers)
+            self.assertEqual(self.log_in(port, b"two"), denied)
+            for path, content, why in (
+                    (users, b"hunter2", "line 1"), (options, b"--deny *:", "RULE"),
+                    (options, b"--help", "0"), (options, b"--allow bob@*", "no such user")):
+                self.write(path, content)
+                process.send_signal(signal.SIGHUP)
+                line = self.wait_for(process, "WARNING settings are as before", 1)[-1]
+                self.assertNotIn("hunter2", line)
+                self.assertEqual(self.log_in(port, b"two"), denied)
+                self.write(users, b"alice:two")
+            self.write(options, b"")
+            process.send_signal(signal.SIGHUP)
+            self.wait_for(process, "NOTICE settings have been read again", readers)
+            self.assertNotEqual(self.log_in(port, b"two"), denied)
+
+    def write(self, path, content):
+        with open(path, "wb") as file:
+            file.write(content)
+
+    def test_reload_in_mid_traffic(self):
+        options = self.file(b"")
+        for process, port, workers in self.each("@" + options):
+            client, target = self.open_tunnel(port)
+            self.write(options, b"--deny 127.0.0.1")
+            process.send_signal(signal.SIGHUP)
+            self.wait_for(process, "read again", workers + (workers > 1))
+            self.check_relays(client, target)
+            with self.assertRaises(AssertionError):
+                self.open_tunnel(port)
+            self.write(options, b"")
+
+    def test_report(self):
+        for process, port, workers in self.each():
+            client, _ = self.open_tunnel(port)
+            process.send_signal(signal.SIGUSR1)
+            lines = "".join(self.wait_for(process, "NOTICE totals", workers))
+            self.assertEqual(lines.count("NOTICE live client=%s:%d " % client.getsockname()), 1)
+            self.assertEqual(lines.count(" live=1"), 1)
+
+    def test_terminal_that_is_lost(self):
+        import fcntl
+        import pty
+        import termios
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "socks5.py", "0"], cwd=HERE, stdin=theirs, stdout=subprocess.PIPE,
+            universal_newlines=True, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(theirs)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.port(process)
+        os.close(ours)
+        self.assertEqual(process.wait(PATIENCE), 0)
 
 
 # ---- the echo server ---------------------------------------------------------------------
