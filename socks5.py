@@ -5,6 +5,7 @@ Run it:
 
     python3 socks5.py                          # 127.0.0.1:1080, for this host only
     python3 socks5.py -b :: --users FILE       # every address, for those in FILE
+    python3 socks5.py --allow '*:443'          # to port 443 and nowhere else
 
 Embed it, and override what you want to decide yourself:
 
@@ -35,11 +36,12 @@ Hooks of `Socks5RequestHandler`:
     select_method(offered)             the method to use, of those that the client offers
     authenticate(username, password)   whether these octets are a user's
     authorize(destination)             whether the client may go there
-    connect(destination)               a connected socket; a chain of proxies begins here
+    connect(destination)               a connected socket, where the rules allow one; a chain
+                                       of proxies begins here
     do_CONNECT(destination)            a command; do_BIND would be found in the same way
     log_message(level, event, fields)  where the log goes
 
-Who may connect at all is for ``verify_request`` to say, as in every ``socketserver``.
+Who may connect at all is for the server's ``verify_request`` to say, as in any ``socketserver``.
 
 Not here: GSSAPI, SOCKS4, encryption. SOCKS5 is clear text, passwords included: carry it
 inside ssh or a VPN wherever others can listen. Sections are RFC 1928's unless one says more.
@@ -1365,10 +1367,11 @@ class Service:
             number for number in (signal.SIGINT, signal.SIGTERM)
             if signal.getsignal(number) != signal.SIG_IGN}
 
-    def run(self) -> None:
-        """Serve until signals have ended it."""
+    def run(self, greeting: str) -> None:
+        """Announce `greeting` as soon as signals are obeyed, and serve until they end it."""
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # or it would be dropped
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        announce(greeting)
         if self.count == 1:
             self.serve(os.getpid(), 0)
             return
@@ -1611,12 +1614,13 @@ def reload(server: Socks5Server, parser: Parser, argv: Optional[List[str]]) -> b
 def serve(server: Socks5Server, args: argparse.Namespace, reload: Callable[[], bool]) -> None:
     """Serve until a signal comes."""
     address = Address.of(server.server_address)
-    announce("Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address))
+    greeting = "Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address)
     if args.workers > 1 and not hasattr(os, "fork"):
         log.warning("this system has no fork(): serving with one worker")
     if hasattr(signal, "pthread_sigmask"):
-        Service(server, args.workers, args.drain, reload).run()
+        Service(server, args.workers, args.drain, reload).run(greeting)
         return
+    announce(greeting)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

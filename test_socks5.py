@@ -383,7 +383,8 @@ class RulesTest(TestCase):
                 ("a:2-1", "ports"), ("10.0.0.1/8", "host bits"), ("10.0.0.256", "not appear"),
                 ("10.0.0.0/33", "not appear"), ("::g", "not appear"),
                 ("a*.example", "no address"), ("*.*.example", "no address"), ("*.", "no address"),
-                ("::ffff:10.0.0.1", "IPv4"), ("::ffff:10.0.0.0/104", "IPv4"), ("a..b", "no address")]:
+                ("a..b", "no address"),
+                ("::ffff:10.0.0.1", "IPv4"), ("::ffff:10.0.0.0/104", "IPv4")]:
             with self.subTest(rule=rule), self.assertRaises(ValueError) as caught:
                 socks5.Rule.read("allow " + rule)
             self.assertIn(repr("allow " + rule), str(caught.exception))
@@ -2232,11 +2233,12 @@ class SignalsTest(CommandTestCase):
             self.wait_for(process, "NOTICE settings have been read again", readers)
             self.assertEqual(self.log_in(port, b"two"), denied)
             for path, content, why in (
-                    (users, b"hunter2", "line 1"), (options, b"--deny *:", "RULE"),
+                    (users, b"hunter2", "line 1"), (options, b"--deny *:", "HOST"),
                     (options, b"--help", "0"), (options, b"--allow bob@*", "no such user")):
                 self.write(path, content)
                 process.send_signal(signal.SIGHUP)
                 line = self.wait_for(process, "WARNING settings are as before", 1)[-1]
+                self.assertIn(why, line)
                 self.assertNotIn("hunter2", line)
                 self.assertEqual(self.log_in(port, b"two"), denied)
                 self.write(users, b"alice:two")
@@ -2370,6 +2372,27 @@ class ReadmeTest(CommandTestCase):
                             or hasattr(socks5.Socks5Server, name), name)
         replies = re.findall(r"^\| (\d) (.+?) \|", readme(), re.MULTILINE)
         self.assertEqual(replies, [(str(int(reply)), reply.phrase) for reply in Reply])
+
+    def test_wishes_are_options_that_exist(self):
+        table = readme().partition("| wish | options |")[2].partition("\n\n")[0]
+        rows = re.findall(r"\| `(-.+?)` \|$", table, re.MULTILINE)
+        self.assertEqual(len(rows), 5)
+        for options in rows:
+            args = socks5.make_parser().parse_args(options.replace(" FILE", " x").split())
+            self.assertTrue([socks5.Rule.read(rule) for rule in args.rules] or args.clients)
+
+    def test_fail2ban_filter(self):
+        (pattern,) = re.findall(r"^failregex = (.+)$", readme(), re.MULTILINE)
+        pattern = pattern.replace("<HOST>", r"(?P<host>[\w.:]+?)")
+        for host in ("127.0.0.1", "::1")[:1 + has_ipv6()]:
+            users = self.file(b"alice:secret")
+            process = self.start("socks5.py", "-b", host, "--users", users, "0")
+            client = self.own(socket.create_connection((host, self.port(process))))
+            client.sendall(octets("05 01 02 01 17") + b"user=x client=6.6.6.6:1" + b"\1x")
+            line = process.stderr.readline().rstrip("\n")
+            self.assertEqual(re.search(pattern, line).group("host"), host)
+            with_no_date = line.partition(" WARNING")[1] + line.partition(" WARNING")[2]
+            self.assertEqual(re.search(pattern, with_no_date).group("host"), host)
 
     def test_embedding_examples(self):
         blocks = re.findall(r"^```python\n(.+?)^```", readme(), re.MULTILINE | re.DOTALL)
