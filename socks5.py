@@ -1450,18 +1450,15 @@ class Service:
         if process:
             self.workers[process] = number, time.monotonic()
             return
-        status = 1
         try:
             os.close(self.writer)
             self.workers.clear()
-            self.signals.discard(signal.SIGINT)  # the parent gets it too, and sends SIGTERM
             self.serve(self.owner + number, pause)
-            status = 0
         except Exception as error:
             log.error("worker failed error=%s", type(error).__name__,
                       exc_info=log.isEnabledFor(logging.DEBUG))
         finally:
-            os._exit(status)
+            os._exit(0)
 
     def replace_dead(self) -> None:
         """Start a worker for each that has died; if it has not lived long, it has to pause."""

@@ -2118,10 +2118,17 @@ class WorkersTest(CommandTestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_workers_end_with_a_parent_that_is_killed(self):
-        process, port, _ = self.start_workers("--drain", "0")
-        client, _ = self.open_tunnel(port)
+        process, port, _ = self.start_workers("--drain", str(2 * PATIENCE))
+        client, target = self.open_tunnel(port)
         process.kill()
-        self.assertEqual(read_all(client), (b"", "reset"))
+        with self.assertRaises(OSError):
+            while True:  # until a worker has noticed
+                socket.create_connection(("127.0.0.1", port)).close()
+        client.sendall(b"ping")
+        self.assertEqual(read_count(target, 4), b"ping")
+        client.close()
+        target.close()
+        self.assertEqual(process.stdout.read(), "")  # whose end comes when all have left
 
     def test_pause_grows_while_workers_die_at_once(self):
         service = socks5.Service(None, 1, 0, None)
