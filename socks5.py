@@ -38,7 +38,7 @@ Hooks of `Socks5RequestHandler`:
     authorize(destination)             whether the client may go there
     connect(destination)               a connected socket, where the rules allow one; a chain
                                        of proxies begins here
-    do_CONNECT(destination)            a command; do_BIND would be found in the same way
+    do_CONNECT(destination)            a command; so are do_BIND and do_UDP_ASSOCIATE
     log_message(level, event, fields)  where the log goes
 
 Who may connect at all is for the server's ``verify_request`` to say, as in any ``socketserver``.
@@ -53,6 +53,7 @@ import contextlib
 import enum
 import errno
 import hmac
+import io
 import ipaddress
 import itertools
 import logging
@@ -77,7 +78,7 @@ if sys.platform != "win32":
     import termios
 
 __all__ = ["Address", "AddressType", "Command", "Method", "ProtocolError", "Reply", "Request",
-           "RequestError", "Socks5RequestHandler", "Socks5Server", "load_users", "main"]
+           "RequestError", "Settings", "Socks5RequestHandler", "Socks5Server", "load_users", "main"]
 __version__ = "0.1"
 
 log = logging.getLogger("socks5")
@@ -108,6 +109,7 @@ class Command(enum.IntEnum):
 
 
 COMMAND_NAMES = {int(command): command.name for command in Command}
+COMMANDS = {"connect": Command.CONNECT, "udp": Command.UDP_ASSOCIATE, "bind": Command.BIND}
 
 
 class AddressType(enum.IntEnum):
@@ -309,7 +311,29 @@ def pack_reply(reply: Reply, bound: Address) -> bytes:
     return bytes([VERSION, reply, 0]) + bound.pack()
 
 
-# ---- rules: who may come in, and where they may go ---------------------------------------
+# +----+------+------+----------+----------+----------+
+# |RSV | FRAG | ATYP | DST.ADDR | DST.PORT |   DATA   |     section 7
+# +----+------+------+----------+----------+----------+
+# | 2  |  1   |  1   | Variable |    2     | Variable |
+# +----+------+------+----------+----------+----------+
+class Datagram(NamedTuple):
+    """What a client sends to `address`, or what came from there. `fragment` is 0 if it is whole."""
+    fragment: int
+    address: Address
+    data: bytes
+
+    @classmethod
+    def read(cls, stream: Any) -> "Datagram":
+        """From a frame, which ends with the stream."""
+        fragment = read_exactly(stream, 3)[2]
+        return cls(fragment, Address.read(stream), stream.read())
+
+    def pack(self) -> bytes:
+        """For a frame."""
+        return bytes([0, 0, self.fragment]) + self.address.pack() + self.data
+
+
+# ---- rules: who may come in, where they may go, and for how long -------------------------
 
 def encode_name(host: str) -> bytes:
     """The octets to ask the resolver for; RequestError if `host` cannot be a host's name.
@@ -454,6 +478,45 @@ def load_users(path: str) -> Dict[str, str]:
     if not users:
         raise ValueError("%s: no users in it" % path)
     return users
+
+
+class Settings:
+    """What a server takes for its sessions to come; ValueError if it makes no sense.
+
+    `users`: passwords by name; None serves everybody. `rules`: where they may go, each as
+    ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny …``. `clients`: networks to serve; none serves
+    all. `commands`: those to serve. `max_sessions`, `max_per_client`: how many at a time.
+
+    In seconds: `connect_timeout` to find and reach a target, `handshake_timeout` for a client
+    to say what it wants, `idle_timeout` without progress (None: for ever), `linger`, the same
+    once a side has closed, `bind_timeout` for a peer to connect, and `udp_timeout` without
+    datagrams. A client's datagrams are to come to one of `udp_ports`, at `udp_advertise` if
+    clients know this host by an address that is not its own.
+    """
+
+    def __init__(self, *, users: Optional[Mapping[str, str]] = None, rules: Iterable[str] = (),
+                 clients: Iterable[str] = (), commands: Iterable[str] = tuple(COMMANDS),
+                 max_sessions: Optional[int] = None, max_per_client: Optional[int] = None,
+                 connect_timeout: float = 10.0, handshake_timeout: float = 10.0,
+                 idle_timeout: Optional[float] = None, linger: float = 60.0,
+                 bind_timeout: float = 60.0, udp_timeout: float = 300.0,
+                 udp_ports: Iterable[int] = (0,), udp_advertise: Optional[str] = None) -> None:
+        self.users = None if users is None else {
+            name.encode(): password.encode() for name, password in users.items()}
+        self.rules = [Rule.read(rule) for rule in rules]
+        self.clients = [ipaddress.ip_network(client) for client in clients]
+        self.disabled = set(COMMANDS.values())
+        for command in commands:
+            if command not in COMMANDS:
+                raise ValueError("%r is none of %s" % (command, ", ".join(COMMANDS)))
+            self.disabled.discard(COMMANDS[command])
+        self.max_sessions = sys.maxsize if max_sessions is None else max_sessions
+        self.max_per_client = sys.maxsize if max_per_client is None else max_per_client
+        self.connect_timeout, self.handshake_timeout = connect_timeout, handshake_timeout
+        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
+        self.linger, self.bind_timeout, self.udp_timeout = linger, bind_timeout, udp_timeout
+        self.udp_ports = udp_ports
+        self.udp_advertise = udp_advertise and str(ipaddress.ip_address(udp_advertise))
 
 
 # ---- dialing: a name to addresses, addresses to one connected socket ---------------------
@@ -845,6 +908,11 @@ class Relay:
         self.down.stop()
 
     @property
+    def counts(self) -> Dict[str, int]:
+        """Octets that have been taken."""
+        return {"up": self.up.octets, "down": self.down.octets}
+
+    @property
     def half_closed(self) -> bool:
         """Whether a flow has ended."""
         return not (self.up.running and self.down.running)
@@ -855,10 +923,167 @@ class Relay:
                 self.down.octets, self.down.backlog())
 
 
+# ---- associations: datagrams in both directions, as long as the control connection stays --
+#
+# A stranger's datagrams change nothing: the client is known by its host and its port, and
+# answers come from hosts only to which it has sent. Each thread watches the control connection
+# beside its socket, and so both end with it.
+
+LONGEST_DATAGRAM = 65535  # octets; UDP carries 65507
+LOOKUPS = 8               # names of an association that are looked up at the same time
+DESTINATIONS = 4096       # that an association remembers
+
+Route = Callable[[Address], Any]
+
+
+def open_outside() -> socket.socket:
+    """A socket for datagrams to and from both families, or IPv4 where there is no other."""
+    try:
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    except OSError:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("", 0))
+    return sock
+
+
+class Association:
+    """Datagrams between a client, at `inside`, and those to whom it sends, at `outside`.
+
+    `client` is the client's address, its port 0 if the first datagram is to tell. `route` gives
+    the address to send to for a destination, or raises RequestError or OSError.
+    """
+
+    half_closed = False  # as a Relay can be
+
+    def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
+                 client: Address, route: Route) -> None:
+        self.control, self.inside, self.outside = control, inside, outside
+        self.client, self.route = client, route
+        self.home: Any = None  # where the client's datagrams come from
+        self.routes: Dict[Address, Any] = {}
+        self.hosts: Set[str] = set()  # to which the client has sent
+        self.lookups = threading.BoundedSemaphore(LOOKUPS)
+        self.counts: Dict[str, int] = dict.fromkeys(
+            ["up", "down", "datagrams_up", "datagrams_down", "dropped"], 0)
+        self.end = ""
+        self.complete = False
+
+    def run(self, threads: ThreadCache) -> None:
+        """Relay until the control connection ends: up in this thread, down in a second."""
+        for sock in (self.control, self.inside, self.outside):
+            sock.setblocking(False)
+        self.threads = threads
+        name = threading.current_thread().name + ", down"
+        wait = threads.start(name, lambda: self.carry(self.outside, self.take_down))
+        try:
+            self.carry(self.inside, self.take_up)
+        finally:
+            wait()
+        self.complete = True
+
+    def carry(self, sock: socket.socket, take: Callable[[], None]) -> None:
+        """A thread's life: `take` each datagram of `sock`."""
+        with AttemptSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ, take)
+            selector.register(self.control, selectors.EVENT_READ, self.hear)
+            try:
+                while not self.end:
+                    for key, _ in selector.select():
+                        with contextlib.suppress(OSError):  # a datagram that was not meant to be
+                            key.data()
+            finally:
+                self.end = self.end or "error"
+                wake(self.control, socket.SHUT_RD)
+
+    def hear(self) -> None:
+        """Notice the end of the control connection, which has nothing else to say."""
+        try:
+            if not self.control.recv(SMALL_BUFFER):
+                self.control.getpeername()  # fails if the other thread was told of a reset
+                self.end = self.end or "client-closed"
+        except BlockingIOError:  # the other thread has read it
+            pass
+        except OSError:
+            self.end = self.end or "client-reset"
+
+    def take_up(self) -> None:
+        """Pass on a datagram of the client. Names must not keep the next ones waiting."""
+        octets, source = self.inside.recvfrom(LONGEST_DATAGRAM)
+        host, port = Address.of(source)
+        if host != self.client.host or port != (self.client.port or port):
+            return
+        self.home, self.client = source, Address(host, port)
+        try:
+            datagram = Datagram.read(io.BytesIO(octets))
+            if datagram.fragment:
+                raise ProtocolError("fragment")
+            if datagram.address in self.routes or not plain_name(datagram.address.host):
+                self.send(datagram)
+            elif self.lookups.acquire(blocking=False):
+                self.threads.start("socks5 look-up", lambda: self.send_to_name(datagram))
+            else:
+                self.count("dropped")
+        except (ProtocolError, RequestError):
+            self.count("dropped")
+
+    def send_to_name(self, datagram: Datagram) -> None:
+        """Send `datagram` in a thread that may wait for the resolver."""
+        try:
+            self.send(datagram)
+        finally:
+            self.lookups.release()
+
+    def send(self, datagram: Datagram) -> None:
+        """Send `datagram`, if it may go there."""
+        if len(self.routes) >= DESTINATIONS:
+            self.routes.clear()
+            self.hosts.clear()
+        try:
+            target = self.routes.get(datagram.address) or self.route(datagram.address)
+            self.routes[datagram.address] = target
+            self.hosts.add(Address.of(target).host)  # first: the answer may be quick
+            if self.outside.family == socket.AF_INET6 and ":" not in target[0]:
+                target = "::ffff:" + target[0], target[1]
+            self.outside.sendto(datagram.data, target)
+            self.count("datagrams_up", up=len(datagram.data))
+        except (OSError, RequestError):
+            self.count("dropped")
+
+    def take_down(self) -> None:
+        """Pass on what comes from a host to which the client has sent."""
+        octets, source = self.outside.recvfrom(LONGEST_DATAGRAM)
+        address = Address.of(source)
+        if address.host not in self.hosts:
+            return
+        try:
+            self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
+            self.count("datagrams_down", down=len(octets))
+        except OSError:  # too long, with its header
+            self.count("dropped")
+
+    def count(self, what: str, up: int = 0, down: int = 0) -> None:
+        """Count a datagram and its octets."""
+        self.counts[what] += 1
+        self.counts["up"] += up
+        self.counts["down"] += down
+
+    def stop(self) -> None:
+        """Have both threads leave: the handler's hang_up() wakes them."""
+        self.end = self.end or "stopped"
+
+    def progress(self) -> Tuple[int, ...]:
+        """Numbers that change when a datagram is passed on."""
+        return self.counts["datagrams_up"], self.counts["datagrams_down"]
+
+
 # ---- handler: one conversation -----------------------------------------------------------
 
 LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
+BACKLOG = 8            # connections that wait for BIND to look at them
 REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
+NOTHING = {"up": 0, "down": 0}
 
 
 class Socks5RequestHandler(socketserver.StreamRequestHandler):
@@ -872,7 +1097,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         super().setup()
         self.started = time.monotonic()
         self.sockets = {self.connection}
-        self.relay: Optional[Relay] = None
+        self.settings = self.server.settings
+        self.relay: Any = None  # a Relay or an Association
+        self.idle_timeout = self.settings.idle_timeout
         self.progress: Tuple[int, ...] = ()
         self.reply: Optional[Reply] = None
         self.hung_up = threading.Event()
@@ -881,8 +1108,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
         client = Address.of(self.client_address)
         self.fields["client"] = client
-        self.rules = complete(self.server.rules, client.host)
-        self.enter("handshake", self.server.handshake_timeout)
+        self.rules = complete(self.settings.rules, client.host)
+        self.enter("handshake", self.settings.handshake_timeout)
         with self.server.lock:
             self.server.sessions.add(self)
 
@@ -915,8 +1142,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         return dict(
             self.fields,
             reply=self.reply.name if self.reply is not None else "",
-            up=self.relay.up.octets if self.relay else 0,
-            down=self.relay.down.octets if self.relay else 0,
+            **(self.relay.counts if self.relay else NOTHING),
             seconds="%.3f" % (time.monotonic() - self.started))
 
     def negotiate(self) -> None:
@@ -930,7 +1156,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def select_method(self, offered: bytes) -> int:
         """The method to use. Where there are users, a client must be one."""
-        method = (Method.NO_AUTHENTICATION_REQUIRED if self.server.users is None
+        method = (Method.NO_AUTHENTICATION_REQUIRED if self.settings.users is None
                   else Method.USERNAME_PASSWORD)
         return method if method in offered else Method.NO_ACCEPTABLE_METHODS
 
@@ -949,7 +1175,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def authenticate(self, username: bytes, password: bytes) -> bool:
         """Whether these are a user's. An unknown user takes as long as a wrong password."""
-        expected = (self.server.users or {}).get(username)
+        expected = (self.settings.users or {}).get(username)
         matches = hmac.compare_digest(expected or b"", password)
         return matches and expected is not None
 
@@ -964,11 +1190,16 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def perform(self, request: Request) -> None:
         """Find the method for the command, ask `authorize`, and call it."""
         command = getattr(self, "do_" + request.command_name, None)
-        if command is None:
+        if command is None or request.command in self.settings.disabled:
             raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
-        if not self.authorize(request.destination):
-            raise RequestError(Reply.NOT_ALLOWED)
+        if request.command != Command.UDP_ASSOCIATE:  # whose datagrams have destinations, not it
+            self.check(request.destination)
         command(request.destination)
+
+    def check(self, destination: Address) -> None:
+        """Ask `authorize`; RequestError if it says no."""
+        if not self.authorize(destination):
+            raise RequestError(Reply.NOT_ALLOWED)
 
     def fail_request(self, error: Exception) -> None:
         """Turn `error` into the reply. After a reply there is nothing left to say."""
@@ -990,23 +1221,56 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.enter("connect", NEVER)  # connect() has a deadline of its own
         target = self.connect(destination)
         self.adopt(target)
+        self.exchange(target, Address.of(target.getsockname()))
+
+    def do_BIND(self, destination: Address) -> None:
+        """Wait for `destination` to connect, and relay (section 4). There are two replies."""
+        self.enter("bind", NEVER)  # as above
+        deadline = time.monotonic() + self.settings.bind_timeout
+        hosts = self.hosts_of(destination)
+        listener = self.open_here(socket.SOCK_STREAM, [0])
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
+        target, peer = self.accept(listener, hosts, deadline)
+        with self.server.lock:
+            self.sockets.discard(listener)
+        listener.close()
+        self.exchange(target, Address.of(peer))
+
+    def do_UDP_ASSOCIATE(self, destination: Address) -> None:
+        """Relay datagrams (section 7); `destination` is where the client sends them from."""
+        inside, outside = self.open_here(socket.SOCK_DGRAM, self.settings.udp_ports), open_outside()
+        self.adopt(outside)
+        client = Address(Address.of(self.client_address).host, destination.port)
+        bound = Address.of(inside.getsockname())
+        self.idle_timeout = self.settings.udp_timeout
+        self.run_relay(Association(self.connection, inside, outside, client, self.route),
+                       Address(self.settings.udp_advertise or bound.host, bound.port))
+
+    def exchange(self, target: socket.socket, bound: Address) -> None:
+        """Answer with `bound`, and relay between the client and `target`."""
         target.setblocking(True)
         tune(target)
         with contextlib.suppress(OSError):  # it may be gone already
             self.fields["reached"] = Address.of(target.getpeername())
-        answer = pack_reply(Reply.SUCCEEDED, Address.of(target.getsockname()))
-        self.relay = Relay(self.connection, target, self.rfile.read1)
+        self.run_relay(Relay(self.connection, target, self.rfile.read1), bound)
+
+    def run_relay(self, relay: Any, bound: Address) -> None:
+        """Answer that the request has succeeded, and relay until the end."""
+        answer = pack_reply(Reply.SUCCEEDED, bound)
+        self.relay = relay
         self.reply = Reply.SUCCEEDED
         self.wfile.write(answer)
-        self.relay.run(self.server.cache)
-        self.conclude(self.relay.end)
+        relay.run(self.server.cache)
+        self.conclude(relay.end)
 
     def connect(self, destination: Address) -> socket.socket:
-        """A connected socket, within ``server.connect_timeout`` seconds; the caller closes it.
+        """A connected socket, within ``settings.connect_timeout`` seconds; the caller closes it.
 
         Raises RequestError, or OSError: `reply_for` turns its ``errno`` into a reply.
         """
-        deadline = time.monotonic() + self.server.connect_timeout
+        deadline = time.monotonic() + self.settings.connect_timeout
         return dial(self.permitted(destination, deadline), deadline, self.adopt)
 
     def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
@@ -1018,6 +1282,69 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.fields["rule"] = rules[0].text
             raise RequestError(Reply.NOT_ALLOWED)
         return passed
+
+    def route(self, destination: Address) -> Tuple[Any, ...]:
+        """Where datagrams for `destination` go; RequestError or OSError if nowhere."""
+        self.check(destination)
+        deadline = time.monotonic() + self.settings.connect_timeout
+        return self.permitted(destination, deadline)[0][1]
+
+    def hosts_of(self, destination: Address) -> Optional[Set[str]]:
+        """The hosts that may connect to a BIND for `destination`; None if it names none."""
+        if destination.host in ("0.0.0.0", "::"):
+            return None
+        deadline = time.monotonic() + self.settings.connect_timeout
+        return {Address.of(address[1]).host for address in self.permitted(destination, deadline)}
+
+    def open_here(self, kind: int, ports: Iterable[int]) -> socket.socket:
+        """A socket bound where the client has reached us, to one of `ports`."""
+        here = self.connection.getsockname()
+        host = Address.of(here).host
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
+        self.adopt(sock)
+        for port in ports:
+            with contextlib.suppress(OSError):
+                sock.bind((here[0], port, *here[2:]) if ":" in host else (host, port))
+                return sock
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    def accept(self, listener: socket.socket, hosts: Optional[Set[str]],
+               deadline: float) -> Tuple[socket.socket, Any]:
+        """A connection from one of `hosts`, or from any that the rules allow, and from where.
+
+        Raises OSError at `deadline`, and when the client leaves.
+        """
+        with AttemptSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(self.connection, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                wait = min(LONG_WAIT, deadline - time.monotonic())
+                for key, _ in selector.select(wait):
+                    if key.fileobj is listener:
+                        with contextlib.suppress(BlockingIOError):  # the peer is gone already
+                            target, peer = listener.accept()
+                            if self.may_enter(hosts, peer):
+                                self.adopt(target)
+                                return target, peer
+                            target.close()
+                    else:
+                        self.check_presence()
+                        selector.unregister(self.connection)  # what it says is for the relay
+        raise socket.timeout("nobody has connected")
+
+    def check_presence(self) -> None:
+        """Whether the client, which can be read from, says something; OSError if it has left."""
+        with contextlib.suppress(ConnectionError):
+            if self.connection.recv(1, socket.MSG_PEEK):
+                return
+        self.conclude("client-left")
+        raise ConnectionResetError
+
+    def may_enter(self, hosts: Optional[Set[str]], peer: Any) -> bool:
+        """Whether a BIND that waits for `hosts` takes a connection from `peer`."""
+        host = Address.of(peer).host
+        return host in hosts if hosts is not None else self.rule_for(
+            host, (socket.AF_UNSPEC, peer)).allows
 
     def rule_for(self, host: str, address: SocketAddress) -> Rule:
         """The rule that decides on `host`, which is at `address`."""
@@ -1068,9 +1395,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         if self.relay and not self.hung_up.is_set() and self.relay.progress() != self.progress:
             self.progress = self.relay.progress()
             if self.relay.half_closed:
-                self.enter("linger", self.server.linger)
+                self.enter("linger", self.settings.linger)
             else:
-                self.enter("idle", self.server.idle_timeout)
+                self.enter("idle", self.idle_timeout)
         if now >= self.deadline:
             self.hang_up(self.phase + "-timeout")
 
@@ -1122,8 +1449,8 @@ def session_limit() -> int:
 class Socks5Server(socketserver.ThreadingTCPServer):
     """A SOCKS5 proxy that serves each client in a thread of its own.
 
-    `server_address` is a host and a port; ``::`` serves both families. The other settings are
-    those of `configure`.
+    `server_address` is a host and a port; ``::`` serves both families. What else it takes are
+    `Settings`. Give its `settings` others at any time: sessions that are open keep theirs.
 
     ``serve_forever`` keeps the deadlines. ``server_close``, or the end of a ``with`` block,
     ends the sessions and waits for their threads; one that waits for the system's resolver
@@ -1140,7 +1467,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def __init__(self, server_address: Tuple[str, int],
                  RequestHandlerClass: Callable[..., Any] = Socks5RequestHandler, *,
                  bind_and_activate: bool = True, **settings: Any) -> None:
-        self.configure(**settings)
+        self.settings = Settings(**settings)
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
         self.guests: Dict[Any, str] = {}  # hosts by socket: clients, from accepted to closed
@@ -1154,31 +1481,6 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-
-    def configure(self, *, users: Optional[Mapping[str, str]] = None, rules: Iterable[str] = (),
-                  clients: Iterable[str] = (), max_sessions: Optional[int] = None,
-                  max_per_client: Optional[int] = None, connect_timeout: float = 10.0,
-                  handshake_timeout: float = 10.0, idle_timeout: Optional[float] = None,
-                  linger: float = 60.0) -> None:
-        """Settings for the sessions to come; those that are open keep their rules.
-
-        `users`: passwords by name; None serves everybody. `rules`: where they may go, each as
-        ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny …``. `clients`: networks to serve; none
-        serves all. `max_sessions` and `max_per_client`: how many at a time. In seconds:
-        `connect_timeout` to find and reach a target, `handshake_timeout` for a client to say
-        what it wants, `idle_timeout` without progress (None: for ever), and `linger`, the same
-        once a side has closed. Raises ValueError.
-        """
-        parsed = [Rule.read(rule) for rule in rules], [*map(ipaddress.ip_network, clients)]
-        self.rules, self.clients = parsed  # both are right, or nothing is changed
-        self.users = None if users is None else {
-            name.encode(): password.encode() for name, password in users.items()}
-        self.max_sessions = sys.maxsize if max_sessions is None else max_sessions
-        self.max_per_client = sys.maxsize if max_per_client is None else max_per_client
-        self.connect_timeout = connect_timeout
-        self.handshake_timeout = handshake_timeout
-        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
-        self.linger = linger
 
     def server_bind(self) -> None:
         """Bind, to both families if the address is ``::``."""
@@ -1210,15 +1512,15 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to serve a client: who it is, and how many there are; if not, say why."""
         client = Address.of(client_address)
-        if self.clients and not any(ipaddress.ip_address(client.host) in network
-                                    for network in self.clients):
+        settings, ip = self.settings, ipaddress.ip_address(client.host)
+        if settings.clients and not any(ip in network for network in settings.clients):
             log.warning("client refused client=%s", client)
             return False
-        if len(self.guests) >= self.max_sessions:
+        if len(self.guests) >= settings.max_sessions:
             self.warn("too many sessions client=%s", client)
             return False
-        if (self.max_per_client < sys.maxsize
-                and list(self.guests.values()).count(client.host) >= self.max_per_client):
+        if (settings.max_per_client < sys.maxsize
+                and list(self.guests.values()).count(client.host) >= settings.max_per_client):
             self.warn("too many sessions of a client client=%s", client)
             return False
         return True
@@ -1478,8 +1780,9 @@ class Service:
 
 # ---- command line ------------------------------------------------------------------------
 
-SETTINGS = ["rules", "max_sessions", "max_per_client", "connect_timeout", "handshake_timeout",
-            "idle_timeout", "linger"]  # that are named alike in the command and in `configure`
+SETTINGS = [  # that are named alike in `Settings` and among the options
+    "rules", "clients", "max_sessions", "max_per_client", "connect_timeout", "handshake_timeout",
+    "idle_timeout", "linger", "bind_timeout", "udp_timeout", "udp_ports", "udp_advertise"]
 STACK_SIZE = 256 * 1024  # octets, for each thread
 SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes as often
 
@@ -1506,6 +1809,14 @@ def number(convert: Callable[[str], float], least: float, most: float) -> Callab
 
 count = number(int, 1, 1e6)
 seconds = number(float, 0.001, 1e9)
+
+
+def port_range(text: str) -> Iterable[int]:
+    """FIRST-LAST, for argparse."""
+    first, last = map(number(int, 1, 65535), text.split("-"))
+    if first > last:
+        raise argparse.ArgumentTypeError("%s has no ports" % text)
+    return range(first, last + 1)
 
 
 def worker_count(text: str) -> int:
@@ -1548,6 +1859,16 @@ def make_parser() -> Parser:
         help="seconds without progress that end a session (default: never)")
     add("--linger", metavar="S", type=seconds, default=60.0,
         help="the same once a side has closed (default: %(default)g)")
+    add("--bind-timeout", metavar="S", type=seconds, default=60.0,
+        help="seconds for BIND to wait for a connection (default: %(default)g)")
+    add("--udp-timeout", metavar="S", type=seconds, default=300.0,
+        help="seconds without datagrams that end an association (default: %(default)g)")
+    add("--udp-ports", metavar="FIRST-LAST", type=port_range, default=(0,),
+        help="ports for the clients' datagrams (default: any that is free)")
+    add("--udp-advertise", metavar="ADDRESS",
+        help="address to which clients are to send datagrams (default: where they connected)")
+    add("--commands", metavar="LIST", default=",".join(COMMANDS),
+        help="commands to serve (default: %(default)s)")
     add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
         help="seconds for which sessions may go on after a signal to stop (default: %(default)g)")
     add("--workers", metavar="N", type=worker_count, default=1,
@@ -1576,10 +1897,10 @@ def announce(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_settings(args: argparse.Namespace) -> Dict[str, Any]:
-    """What `configure` takes, from `args` and the files that they name.
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The settings of `args`, and of the files that they name.
 
-    Raises OSError, or ValueError if it makes no sense, or would serve everybody unasked.
+    Raises OSError, or ValueError if they make no sense, or would serve everybody unasked.
     """
     users = None
     if args.users is not None:
@@ -1590,17 +1911,18 @@ def read_settings(args: argparse.Namespace) -> Dict[str, Any]:
         raise ValueError(
             "on %s everybody could use this proxy: name your users with --users FILE, or your "
             "clients with --client NETWORK, or say --open if that is what you want" % args.bind)
-    for rule in map(Rule.read, args.rules):
+    settings = Settings(users=users, commands=args.commands.split(","), **{
+        name: getattr(args, name) for name in SETTINGS})
+    for rule in settings.rules:
         if rule.user and rule.user not in (users or {}):
             raise ValueError("%r: there is no such user" % rule.text)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    return dict(settings, users=users, clients=[*map(ipaddress.ip_network, args.clients)])
+    return settings
 
 
 def reload(server: Socks5Server, parser: Parser, argv: Optional[List[str]]) -> bool:
     """Give `server` the settings of `argv` and of its files as they are now, if they are right."""
     try:
-        server.configure(**read_settings(parser.parse_args(argv)))
+        server.settings = read_settings(parser.parse_args(argv))
     except (OSError, ValueError, RecursionError, SystemExit) as error:  # the last from --help
         log.warning("settings are as before: %s", error)
         return False
@@ -1641,12 +1963,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        server = Socks5Server((args.bind, args.port), **settings)
+        server = Socks5Server((args.bind, args.port))
     except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
         print("socks5.py: cannot serve on %s port %d: %s" % (
             ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
             file=sys.stderr)
         return 1
+    server.settings = settings
     with contextlib.suppress(KeyboardInterrupt), server:
         serve(server, args, lambda: reload(server, parser, argv))
     return 0

@@ -282,6 +282,14 @@ FRAMES = [  # reader, octets, what they mean
     (socks5.Request.read, "05 09 ee 03 01 78 00 00", (9, ("x", 0))),
 ]
 
+DATAGRAMS = [  # octets, how many of them are the header, what they mean
+    ("00 00 00 01 7f 00 00 01 00 35 | 61 62", 10, (0, ("127.0.0.1", 53), b"ab")),
+    ("00 00 00 01 7f 00 00 01 00 35", 10, (0, ("127.0.0.1", 53), b"")),
+    ("00 00 81 03 01 78 ff ff | 00", 8, (129, ("x", 65535), b"\0")),
+    ("00 00 00 04 20 01 0d b8 00 00 00 00 00 00 00 00 00 00 00 01 00 01 | ff", 22,
+     (0, ("2001:db8::1", 1), b"\xff")),
+]
+
 
 class FramesTest(TestCase):
     def test_whole(self):
@@ -302,6 +310,20 @@ class FramesTest(TestCase):
                 with self.subTest(frame=frame[:40], end=end), self.assertRaisesRegex(
                         socks5.ProtocolError, "client-left"):
                     read(io.BufferedReader(io.BytesIO(octets(frame)[:end])))
+
+    def test_datagrams(self):
+        for frame, header, meaning in DATAGRAMS:
+            with self.subTest(frame=frame):
+                self.assertEqual(socks5.Datagram.read(io.BytesIO(octets(frame))), meaning)
+                self.assertEqual(socks5.Datagram.read(
+                    io.BufferedReader(OneAtATime(octets(frame)))), meaning)
+                for end in range(header):
+                    with self.assertRaises(socks5.ProtocolError):
+                        socks5.Datagram.read(io.BytesIO(octets(frame)[:end]))
+                if meaning[1][0] != "x":  # which nothing that we send contains
+                    fragment, address, data = meaning
+                    self.assertEqual(socks5.Datagram(fragment, Address(*address), data).pack(),
+                                     octets(frame))
 
     def test_broken_in_mid_frame(self):
         ours, theirs = socket.socketpair()
@@ -974,8 +996,10 @@ CONVERSATIONS = [  # what it is, users, what the client sends, what it is sent b
     ("nobody", USERS, "05 01 02 01 00 00", "05 02 01 01"),
     ("no users at all", {}, LOGIN, "05 02 01 01"),
     ("login of another version", USERS, "05 01 02 05 05", "05 02"),
-    ("bind", None, GREET + "05 02 00 01 7f 00 00 01 PP PP", "05 00 05 07" + REFUSED),
-    ("UDP associate", None, GREET + "05 03 00 01 00 00 00 00 00 00", "05 00 05 07" + REFUSED),
+    ("bind, and the client leaves", None, GREET + "05 02 00 01 7f 00 00 01 PP PP",
+     "05 00 05 00 00 01 7f 00 00 01 ?? ?? 05 01" + REFUSED),
+    ("UDP associate", None, GREET + "05 03 00 01 00 00 00 00 00 00",
+     "05 00 05 00 00 01 7f 00 00 01 ?? ??"),
     ("command 0", None, GREET + "05 00 00 01 7f 00 00 01 PP PP", "05 00 05 07" + REFUSED),
     ("command 255, a name", None, GREET + "05 ff 00 03 01 78 00 50", "05 00 05 07" + REFUSED),
     ("address type 2", None, GREET + "05 01 00 02 7f 00 00 01 PP PP", "05 00 05 08" + REFUSED),
@@ -1126,8 +1150,7 @@ class HandlerTest(LoggedTestCase):
         self.assertIn("session failed", lines[1])
 
     def test_logins_are_compared_in_constant_time(self):
-        server = mock.Mock(users={b"alice": b"secret"})
-        session = mock.Mock(server=server)
+        session = mock.Mock(settings=socks5.Settings(users={"alice": "secret"}))
         for user, password, known in [(b"alice", b"secret", True), (b"alice", b"x", False),
                                       (b"bob", b"secret", False), (b"bob", b"", False)]:
             with mock.patch("hmac.compare_digest", wraps=socks5.hmac.compare_digest) as compare:
@@ -1176,7 +1199,7 @@ class HandlerTest(LoggedTestCase):
     def test_refusal_arrives_though_the_client_still_sends(self):
         with mock.patch.object(socks5, "REFUSAL_TIMEOUT", PATIENCE):
             client = self.client(self.serve())
-            client.sendall(octets("05 01 00 05 02 00 01 7f 00 00 01 00 50") + bytes(100000))
+            client.sendall(octets("05 01 00 05 04 00 01 7f 00 00 01 00 50") + bytes(100000))
             self.assertEqual(read_all(client), (octets("05 00 05 07 00 01" + " 00" * 6), "end"))
             for _ in range(3):  # nobody has closed: that would have been a reset
                 client.sendall(bytes(1000))
@@ -1317,7 +1340,7 @@ class PermissionTest(LoggedTestCase):
             client = self.client(server)
             client.sendall(octets(GREET))
             self.assertEqual(read_count(client, 2), octets("05 00"))
-            server.configure(rules=["deny *"])
+            server.settings = socks5.Settings(rules=["deny *"])
             client.sendall(octets("05 01 00 01 7f 00 00 01 00 00"))
             self.assertNotEqual(read_count(client, 2)[1], 2)
             client.close()
@@ -1325,11 +1348,381 @@ class PermissionTest(LoggedTestCase):
 
         self.log_of(converse)
 
-    def test_settings_are_changed_together(self):
-        server = self.serve(rules=["deny *"])
+
+class AssociationTest(LoggedTestCase):
+    def datagrams(self, host="127.0.0.1", port=0):
+        """A socket for datagrams."""
+        sock = self.own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET,
+                                      socket.SOCK_DGRAM))
+        sock.bind((host, port))
+        return sock
+
+    def associate(self, server, port=0, control=None):
+        """A control connection, and a client's socket that is connected to the relay's."""
+        control = control or self.client(server)
+        control.sendall(octets(GREET + "05 03 00 01 00 00 00 00") + struct.pack(">H", port))
+        self.assertEqual(read_count(control, 5), octets("05 00 05 00 00"))
+        family, size = {1: (socket.AF_INET, 4), 4: (socket.AF_INET6, 16)}[read_count(control, 1)[0]]
+        host = socket.inet_ntop(family, read_count(control, size))
+        client = self.datagrams(host, port)
+        client.connect((host, struct.unpack(">H", read_count(control, 2))[0]))
+        return control, client
+
+    def to(self, sock, data, fragment="00"):
+        """A datagram for `sock`."""
+        host, port = sock.getsockname()[:2]
+        kind = octets("04") if ":" in host else octets("01")
+        return octets("00 00 " + fragment) + kind + socket.inet_pton(
+            sock.family, host) + struct.pack(">H", port) + data
+
+    def check(self, client, target, data=b"ping"):
+        """That `data`, and nothing else, goes from `client` to `target` and back."""
+        client.send(self.to(target, data))
+        octets_, source = target.recvfrom(65536)
+        self.assertEqual(octets_, data)
+        target.sendto(data[::-1], source)
+        self.assertEqual(client.recv(65536), self.to(target, data[::-1]))
+        return source
+
+    def wait_until(self, condition):
+        """Wait for what nothing outside tells."""
+        until = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), until)
+            time.sleep(0.001)
+
+    def test_octets(self):
+        _, client = self.associate(self.serve())
+        target = self.datagrams()
+        port = "%04x" % target.getsockname()[1]
+        client.send(octets("00 00 00 01 7f 00 00 01" + port + "70 69 6e 67"))
+        data, source = target.recvfrom(100)
+        self.assertEqual(data, b"ping")
+        target.sendto(b"pong", source)
+        self.assertEqual(client.recv(100), octets("00 00 00 01 7f 00 00 01" + port + "70 6f 6e 67"))
+
+    def test_empty_and_biggest(self):
+        _, client = self.associate(self.serve())
+        target = self.datagrams()
+        for size in (0, 1, 1500, 65507 - 10):
+            self.check(client, target, pattern(65536)[:size])
+        source = self.check(client, target)
+        target.sendto(bytes(65507), source)  # no room for a header
+        self.check(client, target)
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_families(self):
+        four, six = self.datagrams(), self.datagrams("::1")
+        for host in ("127.0.0.1", "::1"):
+            _, client = self.associate(self.serve(host=host))
+            self.check(client, four)
+            self.check(client, six)
+        server = self.serve(host="::")
+        with self.own(socket.create_connection(("127.0.0.1", server.server_address[1]))) as control:
+            _, client = self.associate(server, control=control)
+            self.assertEqual(client.family, socket.AF_INET)
+            self.check(client, six)
+
+    def test_stranger_changes_nothing(self):
+        target, stranger = self.datagrams(), self.datagrams("127.0.0.2")
+        _, client = self.associate(self.serve())
+        relay = client.getpeername()
+        stranger.sendto(self.to(target, b"before"), relay)
+        source = self.check(client, target)
+        stranger.sendto(self.to(target, b"after"), relay)
+        self.datagrams().sendto(self.to(target, b"another port"), relay)
+        stranger.sendto(b"unasked", ("127.0.0.1", source[1]))
+        self.check(client, target)
+        stranger.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            stranger.recv(100)
+
+    def test_port_that_was_announced(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        target = self.datagrams()
+        _, client = self.associate(self.serve(), port)
+        self.datagrams().sendto(self.to(target, b"another port"), client.getpeername())
+        self.check(client, target)
+
+    def test_what_is_dropped(self):
+        target = self.datagrams()
+        whole = self.to(target, b"")
+        bad = [whole[:end] for end in range(len(whole))]
+        bad += [self.to(target, b"x", fragment) for fragment in ("01", "7f", "80", "ff")]
+        bad += [octets("00 00 00") + rest for rest in (
+            octets("02 7f 00 00 01 00 35"), octets("03 00 00 35"), octets("03 02 61 00 00 35"),
+            octets("01 7f 00 00 01 00 00 ff"))]
+
+        def converse(server):
+            control, client = self.associate(server)
+            for datagram in bad:
+                client.send(datagram)
+            self.check(client, target)
+            self.wait_until(lambda: all(session.relay.counts["dropped"] == len(bad)
+                                        for session in server.sessions))
+            control.close()
+
+        fields = self.fields(self.log_of(converse)[0])
+        self.assertEqual(fields["dropped"], str(len(bad)))
+
+    def test_log(self):
+        def converse(server):
+            control, client = self.associate(server)
+            target = self.datagrams()
+            self.check(client, target, b"12345")
+            self.check(client, target, b"123")
+            control.close()
+
+        self.assertRegex(self.log_of(converse)[0], (
+            r"^session client=127\.0\.0\.1:\d+ user=- command=UDP_ASSOCIATE "
+            r"destination=0\.0\.0\.0:0 reached=- reply=SUCCEEDED rule=- up=8 "
+            r"down=8 datagrams_up=2 datagrams_down=2 dropped=0 seconds=\d+\.\d{3} end=client-closed$"))
+
+    def test_names_do_not_stall(self):
+        answer, asked = threading.Event(), []
+        target = self.datagrams()
+        port = struct.pack(">H", target.getsockname()[1])
+        slow, fast = (octets("00 00 00 03 04") + name + port for name in (b"slow", b"fast"))
+        real = socket.getaddrinfo
+
+        def getaddrinfo(name, *args, **kwargs):
+            if isinstance(name, str):
+                return real(name, *args, **kwargs)
+            asked.append(name)
+            if name == b"slow":
+                answer.wait(PATIENCE)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", target.getsockname())]
+
+        server = self.serve()
+        _, client = self.associate(server)
+        with mock.patch("socket.getaddrinfo", getaddrinfo), mock.patch.object(
+                socks5, "LOOKUPS", 2):
+            client.send(slow + b"1")
+            client.send(fast + b"2")
+            self.assertEqual(target.recv(100), b"2")
+            self.wait_until(lambda: list(server.sessions)[0].relay.routes)
+            client.send(fast + b"3")  # it is known by now
+            self.assertEqual(target.recv(100), b"3")
+            self.check(client, target)
+            self.assertEqual(sorted(asked), [b"fast", b"slow"])
+            for _ in range(socks5.LOOKUPS + 20):
+                client.send(slow + b"4")
+            self.check(client, target)
+            self.assertLessEqual(len(asked), 10)
+            self.assertGreater(list(server.sessions)[0].relay.counts["dropped"], 10)
+            answer.set()
+            self.assertIn(target.recv(100), (b"1", b"4"))
+
+    def test_rules_for_each_datagram(self):
+        good, bad = self.datagrams(), self.datagrams()
+
+        class NotTheNamed(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                return destination.host != "127.0.0.3"
+
+        def converse(server):
+            control, client = self.associate(server)
+            client.send(self.to(bad, b"x"))
+            client.send(octets("00 00 00 01 7f 00 00 03 00 35"))
+            self.check(client, good)
+            bad.setblocking(False)
+            with self.assertRaises(BlockingIOError):
+                bad.recv(100)
+            control.close()
+
+        rule = "127.0.0.1:%d" % bad.getsockname()[1]
+        fields = self.fields(self.log_of(converse, handler=NotTheNamed, rules=["deny " + rule])[0])
+        self.assertEqual((fields["dropped"], fields["rule"]), ("2", "deny:" + rule))
+
+    def test_several_at_once(self):
+        server, target = self.serve(), self.datagrams()
+        clients = [self.associate(server)[1] for _ in range(20)]
+        for number, client in enumerate(clients):
+            client.send(self.to(target, b"%d" % number))
+        for _ in clients:
+            data, source = target.recvfrom(100)
+            target.sendto(data + b"!", source)
+        for number, client in enumerate(clients):
+            self.assertEqual(client.recv(100), self.to(target, b"%d!" % number))
+
+    def test_end_with_the_control_connection(self):
+        for leave, end in ((socket.socket.close, "client-closed"), (reset, "client-reset"),
+                           (lambda control: control.shutdown(socket.SHUT_WR), "client-closed")):
+            def converse(server, leave=leave):
+                control, client = self.associate(server)
+                control.sendall(b"what nobody has to say here")
+                self.check(client, self.datagrams())
+                leave(control)
+                self.wait_until(lambda: not server.sessions)
+
+            self.assertEqual(self.fields(self.log_of(converse)[0])["end"], end)
+
+    def test_timeout(self):
+        def converse(server):
+            control, client = self.associate(server)
+            self.assertEqual(read_all(control), (b"", "end"))
+
+        with mock.patch.object(socks5, "SWEEP_INTERVAL", 0.02):
+            line = self.log_of(converse, udp_timeout=0.1)[0]
+        self.assertEqual(self.fields(line)["end"], "idle-timeout")
+
+    def test_ports_and_address(self):
+        port = self.datagrams().getsockname()[1]
+        with self.own(self.datagrams()) as free:
+            ports = [port, free.getsockname()[1]]
+        server = self.serve(udp_ports=ports, udp_advertise="127.0.0.1")
+        _, client = self.associate(server)
+        self.assertEqual(client.getpeername()[1], ports[1])
+        control = self.client(server)
+        control.sendall(octets(GREET + "05 03 00 01 00 00 00 00 00 00"))
+        self.assertEqual(read_count(control, 12), octets("05 00 05 01 00 01" + " 00" * 6))
+        control = self.client(self.serve(udp_advertise="2001:db8::1"))
+        control.sendall(octets(GREET + "05 03 00 01 00 00 00 00 00 00"))
+        self.assertEqual(read_count(control, 22), octets(
+            "05 00 05 00 00 04 20 01 0d b8 00 00 00 00 00 00 00 00 00 00 00 01"))
+
+    def test_hook_that_raises(self):
+        class Broken(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                raise KeyError
+
+        def converse(server):
+            control, client = self.associate(server)
+            client.send(self.to(client, b""))
+            self.assertEqual(read_all(control), (b"", "reset"))
+
+        lines = self.log_of(converse, handler=Broken)
+        self.assertIn("end=error", lines[0])
+        self.assertIn("error=KeyError", lines[1])
+
+    def test_only_so_many_destinations_are_remembered(self):
+        with mock.patch.object(socks5, "DESTINATIONS", 2):
+            server, targets = self.serve(), [self.datagrams() for _ in range(5)]
+            _, client = self.associate(server)
+            for target in targets:
+                self.check(client, target)
+            self.assertLessEqual(len(list(server.sessions)[0].relay.routes), 2)
+
+    def test_commands_that_are_served(self):
+        for commands, replies in (("connect", "77"), ("connect,udp", "70"), ("bind", "07")):
+            server = self.serve(commands=commands.split(","))
+            for command, reply in zip((2, 3), replies):
+                client = self.client(server)
+                client.sendall(octets(GREET + "05 0%d 00 01 7f 00 00 01 00 50" % command))
+                self.assertEqual(read_count(client, 4), octets("05 00 05 0" + reply))
         with self.assertRaises(ValueError):
-            server.configure(rules=["allow *"], clients=["10.0.0.1/8"])
-        self.assertEqual([rule.text for rule in server.rules], ["deny:*"])
+            socks5.Settings(commands=["CONNECT"])
+
+
+class BindTest(LoggedTestCase):
+    def bind(self, server, address="01 7f 00 00 01 00 00"):
+        """A client that has asked for `address` to connect, and where to."""
+        client = self.client(server)
+        client.sendall(octets(GREET + "05 02 00" + address))
+        self.assertEqual(read_count(client, 5), octets("05 00 05 00 00"))
+        family, size = {1: (socket.AF_INET, 4), 4: (socket.AF_INET6, 16)}[read_count(client, 1)[0]]
+        host = socket.inet_ntop(family, read_count(client, size))
+        return client, (host, struct.unpack(">H", read_count(client, 2))[0])
+
+    def peer(self, address, host="127.0.0.1"):
+        """A peer that connects from `host`."""
+        sock = self.own(socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET))
+        sock.bind((host, 0))
+        sock.connect(address)
+        return sock
+
+    def check_relay(self, client, peer):
+        """The second reply, and then a relay as CONNECT has it."""
+        self.assertEqual(read_count(client, 10), octets("05 00 00 01") + socket.inet_aton(
+            peer.getsockname()[0]) + struct.pack(">H", peer.getsockname()[1]))
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(read_all(peer), (b"question", "end"))
+        peer.sendall(b"answer")
+        peer.close()
+        self.assertEqual(read_all(client), (b"answer", "end"))
+
+    def test_right_peer(self):
+        def converse(server):
+            client, where = self.bind(server)
+            peer = self.peer(where)
+            peers.append("%s:%d" % peer.getsockname())
+            self.check_relay(client, peer)
+            with self.assertRaises(ConnectionRefusedError):
+                self.peer(where)
+
+        peers = []
+        fields = self.fields(self.log_of(converse)[0])
+        self.assertEqual([fields[name] for name in ("command", "reached", "reply", "up", "down")],
+                         ["BIND", peers[0], "SUCCEEDED", "8", "6"])
+
+    def test_wrong_peer(self):
+        client, where = self.bind(self.serve())
+        self.assertEqual(read_all(self.peer(where, "127.0.0.2"))[0], b"")
+        self.check_relay(client, self.peer(where))
+
+    def test_name(self):
+        with resolver(("127.0.0.1", 0), ("127.0.0.2", 0)):
+            client, where = self.bind(self.serve(), "03 01 78 00 15")
+            self.assertEqual(read_all(self.peer(where, "127.0.0.3"))[0], b"")
+            self.check_relay(client, self.peer(where, "127.0.0.2"))
+
+    def test_any_peer_that_the_rules_allow(self):
+        client, where = self.bind(self.serve(rules=["deny 127.0.0.2"]), "01 00 00 00 00 00 00")
+        self.assertEqual(read_all(self.peer(where, "127.0.0.2"))[0], b"")
+        self.check_relay(client, self.peer(where, "127.0.0.3"))
+
+    def test_refused(self):
+        client = self.client(self.serve(rules=["deny 127.0.0.1"]))
+        client.sendall(octets(GREET + "05 02 00 01 7f 00 00 01 00 50"))
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(read_all(client), (octets("05 00 05 02 00 01" + " 00" * 6), "end"))
+
+    def test_timeout(self):
+        client, _ = self.bind(self.serve(bind_timeout=0.05))
+        self.assertEqual(read_count(client, 10), octets("05 06 00 01" + " 00" * 6))
+
+    def test_client_that_leaves(self):
+        for leave in (socket.socket.close, reset):
+            def converse(server, leave=leave):
+                client, where = self.bind(server)
+                leave(client)
+                while server.sessions:
+                    time.sleep(0.001)  # nothing else tells that the listener has been closed
+
+            self.assertEqual(self.fields(self.log_of(converse)[0])["end"], "client-left")
+
+    def test_server_that_is_closed(self):
+        def converse(server):
+            self.bind(server)
+
+        self.assertEqual(self.fields(self.log_of(converse)[0])["end"], "server-closed")
+
+    def test_early_data(self):
+        for early in ("", "65 61 72 6c 79"):
+            client, where = self.bind(self.serve(), "01 7f 00 00 01 00 00" + early)
+            client.sendall(b"early too")
+            peer = self.peer(where)
+            self.assertEqual(read_count(client, 10)[:2], octets("05 00"))
+            data = octets(early) + b"early too"
+            self.assertEqual(read_count(peer, len(data)), data)
+
+    def test_reset(self):
+        client, where = self.bind(self.serve())
+        peer = self.peer(where)
+        self.assertEqual(read_count(client, 10)[:2], octets("05 00"))
+        reset(peer)
+        self.assertEqual(read_all(client), (b"", "reset"))
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_ipv6(self):
+        client, where = self.bind(self.serve(host="::1"), "04" + " 00" * 15 + "01 00 00")
+        self.assertEqual(where[0], "::1")
+        peer = self.peer(where, "::1")
+        self.assertEqual(read_count(client, 22), octets("05 00 00 04" + " 00" * 15 + "01")
+                         + struct.pack(">H", peer.getsockname()[1]))
 
 
 class LogTest(LoggedTestCase):
@@ -1362,7 +1755,7 @@ class LogTest(LoggedTestCase):
                 ("", "-", "client-left"), ("05", "-", "client-left"),
                 ("05 01 00 05", "-", "client-left"), ("47", "-", "not-socks5"),
                 ("05 01 02", "-", "no-acceptable-method"),
-                ("05 01 00 05 03 00 01 00 00 00 00 00 00", "COMMAND_NOT_SUPPORTED", "refused")]:
+                ("05 01 00 05 04 00 01 00 00 00 00 00 00", "COMMAND_NOT_SUPPORTED", "refused")]:
             def converse(server, sent=sent):
                 client = self.client(server)
                 client.sendall(octets(sent))
@@ -1884,27 +2277,26 @@ class CommandLineTest(CommandTestCase):
         process = self.start("socks5.py", "--open", "-b", "0.0.0.0", "0")
         self.own(socket.create_connection(("127.0.0.1", self.port(process))))
 
-    def test_settings_reach_the_server(self):
-        with mock.patch.object(socks5, "Socks5Server", side_effect=OSError) as server, \
-                mock.patch("signal.signal"), mock.patch("logging.basicConfig"), \
-                mock.patch("sys.setswitchinterval"), mock.patch("threading.stack_size"), \
-                mock.patch.object(socks5, "raise_descriptor_limit"), \
-                contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(socks5.main([]), 1)
-            self.assertEqual(socks5.main([
-                "-b", "::1", "--connect-timeout", "1", "--handshake-timeout", "2",
-                "--idle-timeout", "3", "--linger", "4.5", "--allow", "a:1", "--deny", "b",
-                "--allow", "c", "--client", "10.0.0.0/8", "--max-sessions", "6",
-                "--max-per-client", "7", "5"]), 1)
-        self.addCleanup(setattr, logging, "raiseExceptions", True)
-        self.assertEqual(server.mock_calls, [
-            mock.call(("127.0.0.1", 1080), users=None, rules=[], clients=[], max_sessions=None,
-                      max_per_client=None, connect_timeout=10, handshake_timeout=10,
-                      idle_timeout=None, linger=60),
-            mock.call(("::1", 5), users=None, rules=["allow a:1", "deny b", "allow c"],
-                      clients=[ipaddress.ip_network("10.0.0.0/8")], max_sessions=6,
-                      max_per_client=7, connect_timeout=1, handshake_timeout=2, idle_timeout=3,
-                      linger=4.5)])
+    def test_options_become_settings(self):
+        arguments = ["-b", "::1", "--connect-timeout", "1", "--handshake-timeout", "2",
+                     "--idle-timeout", "3", "--linger", "4.5", "--allow", "a:1", "--deny", "b",
+                     "--allow", "c", "--client", "10.0.0.0/8", "--max-sessions", "6",
+                     "--max-per-client", "7", "--bind-timeout", "8", "--udp-timeout", "9",
+                     "--udp-ports", "10-12", "--udp-advertise", "192.0.2.1", "--commands", "udp",
+                     "5"]
+        with mock.patch.object(socks5, "Settings") as settings:
+            for argv in ([], arguments):
+                socks5.read_settings(socks5.make_parser().parse_args(argv))
+        self.assertEqual([call for call in settings.mock_calls if not call[0]], [
+            mock.call(users=None, rules=[], clients=[], commands=["connect", "udp", "bind"],
+                      max_sessions=None, max_per_client=None, connect_timeout=10,
+                      handshake_timeout=10, idle_timeout=None, linger=60, bind_timeout=60,
+                      udp_timeout=300, udp_ports=(0,), udp_advertise=None),
+            mock.call(users=None, rules=["allow a:1", "deny b", "allow c"],
+                      clients=["10.0.0.0/8"], commands=["udp"], max_sessions=6, max_per_client=7,
+                      connect_timeout=1, handshake_timeout=2, idle_timeout=3, linger=4.5,
+                      bind_timeout=8, udp_timeout=9, udp_ports=range(10, 13),
+                      udp_advertise="192.0.2.1")])
 
     def test_terminate(self):
         process = self.start("socks5.py", "--drain", "0", "0")
@@ -2364,7 +2756,9 @@ class ReadmeTest(CommandTestCase):
         defaults = {action.option_strings[-1]: action.default for action in actions
                     if action.option_strings and action.nargs is None and action.default}
         for option, default in defaults.items():
-            row = re.search(r"^\| `.*%s [A-Z]+` \|.*$" % option, readme(), re.MULTILINE).group()
+            row = re.search(r"^\| `.*%s [A-Z-]+` \|.*$" % option, readme(), re.MULTILINE).group()
+            if option == "--udp-ports":
+                continue  # whose default is no range
             self.assertIn(" %s |" % (default if isinstance(default, str) else "%g" % default), row)
 
     def test_usage(self):
