@@ -2,6 +2,7 @@
 
 PYTHON = python3
 TOOLS = .tools
+COUNT = 100000
 
 help:		## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1	/p' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ test:		## the tests, with $(PYTHON)
 test-all:	## the tests, with each Python from 3.6 up that is installed
 	@.ci/run pythons
 
+fuzz:		## many more random conversations: make fuzz COUNT=100000, SEED=N to repeat them
+	FUZZ=$(COUNT) SEED=$(SEED) $(PYTHON) -m unittest test_socks5.FuzzTest
+
 check:		## ruff and mypy
 	@.ci/run check
 
@@ -41,4 +45,4 @@ coverage:	## which lines the tests reach
 clean:		## remove what the above leaves behind
 	rm -rf $(TOOLS) .coverage .mypy_cache .ruff_cache __pycache__
 
-.PHONY: help run demo bench test test-all check coverage clean
+.PHONY: help run demo bench test test-all fuzz check coverage clean

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 BUFFER = 64 * 1024  # octets
 PROCESSES = os.cpu_count() or 1  # one Python could not keep a proxy busy
@@ -82,6 +82,9 @@ def serve(tcp: EchoServer, udp: DatagramEchoServer) -> None:
 
 # ---- measuring a proxy -------------------------------------------------------------------
 
+CONNECT, UDP_ASSOCIATE = b"\1", b"\3"
+
+
 class Path(NamedTuple):
     """The way to the target: through `proxy`, or directly if that is None."""
 
@@ -95,22 +98,42 @@ class Path(NamedTuple):
         sock = socket.create_connection(self.proxy or self.target, timeout=30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.proxy:
-            self.ask(sock)
+            self.ask(sock, CONNECT, pack(self.target))
         return sock
 
-    def ask(self, sock: socket.socket) -> None:
-        """The conversation of RFC 1928 and RFC 1929."""
+    @contextlib.contextmanager
+    def associate(self) -> Iterator[Tuple[socket.socket, bytes]]:
+        """A socket for datagrams, and the header that they need; OSError if there is none."""
+        with contextlib.ExitStack() as socks:
+            where, header = self.target, b""
+            if self.proxy:
+                control = socks.enter_context(socket.create_connection(self.proxy, timeout=30))
+                where = self.ask(control, UDP_ASSOCIATE, pack(("0.0.0.0", 0)))
+                header = b"\0\0\0" + pack(self.target)
+            family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+            sock = socks.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            sock.connect(where)
+            sock.settimeout(1)
+            yield sock, header
+
+    def ask(self, sock: socket.socket, command: bytes, address: bytes) -> Tuple[str, int]:
+        """The conversation of RFC 1928 and RFC 1929; the address in the reply."""
         sock.sendall(b"\5\1\2" if self.user else b"\5\1\0")
         expect(sock, b"\5\2" if self.user else b"\5\0")
         if self.user:
             sock.sendall(b"\1%c%b%c%b" % (len(self.user), self.user,
                                           len(self.password), self.password))
             expect(sock, b"\1\0")
-        host, port = self.target
-        sock.sendall(b"\5\1\0\1" + socket.inet_aton(host) + port.to_bytes(2, "big"))
+        sock.sendall(b"\5" + command + b"\0" + address)
         expect(sock, b"\5\0\0")
-        lengths = {b"\1": 6, b"\4": 18}
-        receive(sock, lengths.get(receive(sock, 1), 0))
+        family, length = {b"\4": (socket.AF_INET6, 16)}.get(receive(sock, 1), (socket.AF_INET, 4))
+        host = socket.inet_ntop(family, receive(sock, length))
+        return host, int.from_bytes(receive(sock, 2), "big")
+
+
+def pack(address: Tuple[str, int]) -> bytes:
+    """An IPv4 address as SOCKS5 has it."""
+    return b"\1" + socket.inet_aton(address[0]) + address[1].to_bytes(2, "big")
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
@@ -166,6 +189,23 @@ def measure_pings(path: Path, seconds: float, count: int) -> Result:
     except OSError:
         return figures, 1
     return figures, 0
+
+
+def measure_datagrams(path: Path, seconds: float, count: int) -> Result:
+    """The seconds that each datagram takes there and back; failures are those that got lost."""
+    figures: List[float] = []
+    lost, end = 0, time.monotonic() + seconds
+    with contextlib.suppress(OSError), path.associate() as (sock, header):
+        while time.monotonic() < end:
+            octets, before = header + os.urandom(64), time.perf_counter()
+            sock.send(octets)
+            try:
+                while sock.recv(BUFFER) != octets:
+                    pass  # one that had been given up
+                figures.append(time.perf_counter() - before)
+            except socket.timeout:
+                lost += 1
+    return figures, lost
 
 
 def measure_flow(path: Path, seconds: float, count: int) -> Result:
@@ -249,6 +289,7 @@ def summarize(path: Path, seconds: float, count: int) -> Dict[str, float]:
 
     sessions, failed = progress("short sessions", measure_sessions)
     pings, failed_pings = progress("round trips", measure_pings)
+    datagrams, lost = progress("datagrams", measure_datagrams)
     flows, failed_flows = progress("flows", measure_flow)
     held, failed_held = progress("%d sessions held" % count, measure_held)
     pings.sort()
@@ -257,6 +298,9 @@ def summarize(path: Path, seconds: float, count: int) -> Dict[str, float]:
         "round trips/s": len(pings) / seconds,
         "p50 ms": 1e3 * pings[len(pings) // 2] if pings else 0,
         "p99 ms": 1e3 * pings[len(pings) * 99 // 100] if pings else 0,
+        "datagrams/s": len(datagrams) / seconds,
+        "datagrams sent": len(datagrams) + lost,
+        "datagrams lost": lost,
         "MiB/s each way": sum(flows) / seconds,
         "sessions held": len(held),
         "failures": failed + failed_pings + failed_flows + failed_held,

@@ -1082,6 +1082,7 @@ class Association:
 
 LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
 BACKLOG = 8            # connections that wait for BIND to look at them
+EARLY_LIMIT = 65536    # octets of a client to keep while BIND waits
 REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
 NOTHING = {"up": 0, "down": 0}
 
@@ -1099,6 +1100,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.sockets = {self.connection}
         self.settings = self.server.settings
         self.relay: Any = None  # a Relay or an Association
+        self.early = b""
         self.idle_timeout = self.settings.idle_timeout
         self.progress: Tuple[int, ...] = ()
         self.reply: Optional[Reply] = None
@@ -1254,7 +1256,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         tune(target)
         with contextlib.suppress(OSError):  # it may be gone already
             self.fields["reached"] = Address.of(target.getpeername())
-        self.run_relay(Relay(self.connection, target, self.rfile.read1), bound)
+        self.run_relay(Relay(self.connection, target, self.read_first), bound)
 
     def run_relay(self, relay: Any, bound: Address) -> None:
         """Answer that the request has succeeded, and relay until the end."""
@@ -1327,18 +1329,25 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
                                 self.adopt(target)
                                 return target, peer
                             target.close()
+                    elif len(self.early) < EARLY_LIMIT:
+                        self.read_early()
                     else:
-                        self.check_presence()
-                        selector.unregister(self.connection)  # what it says is for the relay
+                        selector.unregister(self.connection)
         raise socket.timeout("nobody has connected")
 
-    def check_presence(self) -> None:
-        """Whether the client, which can be read from, says something; OSError if it has left."""
+    def read_early(self) -> None:
+        """Keep for the relay what the client says before there is one; OSError if it has left."""
+        octets = b""
         with contextlib.suppress(ConnectionError):
-            if self.connection.recv(1, socket.MSG_PEEK):
-                return
-        self.conclude("client-left")
-        raise ConnectionResetError
+            octets = self.rfile.read1(SMALL_BUFFER)
+        if not octets:
+            self.conclude("client-left")
+            raise ConnectionResetError
+        self.early += octets
+
+    def read_first(self, size: int) -> bytes:
+        """What the client has sent before the relay began, or what it sends then."""
+        return self.early or self.rfile.read1(size)
 
     def may_enter(self, hosts: Optional[Set[str]], peer: Any) -> bool:
         """Whether a BIND that waits for `hosts` takes a connection from `peer`."""

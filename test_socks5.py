@@ -5,6 +5,7 @@ thread and no descriptor behind: the first cleanup that each registers, and so t
 runs, says so.
 """
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -13,7 +14,9 @@ import ipaddress
 import logging
 import os
 import queue
+import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -1478,7 +1481,8 @@ class AssociationTest(LoggedTestCase):
         self.assertRegex(self.log_of(converse)[0], (
             r"^session client=127\.0\.0\.1:\d+ user=- command=UDP_ASSOCIATE "
             r"destination=0\.0\.0\.0:0 reached=- reply=SUCCEEDED rule=- up=8 "
-            r"down=8 datagrams_up=2 datagrams_down=2 dropped=0 seconds=\d+\.\d{3} end=client-closed$"))
+            r"down=8 datagrams_up=2 datagrams_down=2 dropped=0 "
+            r"seconds=\d+\.\d{3} end=client-closed$"))
 
     def test_names_do_not_stall(self):
         answer, asked = threading.Event(), []
@@ -1685,9 +1689,11 @@ class BindTest(LoggedTestCase):
         self.assertEqual(read_count(client, 10), octets("05 06 00 01" + " 00" * 6))
 
     def test_client_that_leaves(self):
-        for leave in (socket.socket.close, reset):
-            def converse(server, leave=leave):
-                client, where = self.bind(server)
+        for leave, early in ((socket.socket.close, 0), (reset, 0), (socket.socket.close, 1),
+                             (socket.socket.close, 5000), (reset, 1)):
+            def converse(server, leave=leave, early=early):
+                client, where = self.bind(server, "01 7f 00 00 01 00 00" + " 01" * early)
+                client.sendall(bytes(early))
                 leave(client)
                 while server.sessions:
                     time.sleep(0.001)  # nothing else tells that the listener has been closed
@@ -1701,13 +1707,17 @@ class BindTest(LoggedTestCase):
         self.assertEqual(self.fields(self.log_of(converse)[0])["end"], "server-closed")
 
     def test_early_data(self):
-        for early in ("", "65 61 72 6c 79"):
-            client, where = self.bind(self.serve(), "01 7f 00 00 01 00 00" + early)
-            client.sendall(b"early too")
+        for first, second in ((0, 0), (5, 0), (0, 9), (5, 9), (1500, 9), (5, MEBIBYTE)):
+            data = pattern(first + second + 8)[:first + second]
+            client, where = self.bind(self.serve(), "01 7f 00 00 01 00 00" + data[:first].hex())
+            sender = self.thread(lambda: (client.sendall(data[first:]),  # noqa: B023
+                                          client.sendall(b"end")))  # noqa: B023
+            if second < MEBIBYTE:
+                sender.join(PATIENCE)
             peer = self.peer(where)
             self.assertEqual(read_count(client, 10)[:2], octets("05 00"))
-            data = octets(early) + b"early too"
-            self.assertEqual(read_count(peer, len(data)), data)
+            self.assertEqual(read_count(peer, len(data) + 3), data + b"end")
+            sender.join(PATIENCE)
 
     def test_reset(self):
         client, where = self.bind(self.serve())
@@ -2687,6 +2697,330 @@ class SignalsTest(CommandTestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
 
+# ---- floods ------------------------------------------------------------------------------
+
+GREETINGS = ["05 01 00", "05 01 02", "05 02 00 02", "05 03 00 01 02", "05 ff 00 02" + " 80" * 253]
+LOGINS = ["01 05 61 6c 69 63 65 06 73 65 63 72 65 74", "01 05 61 6c 69 63 65 01 78", "01 00 00"]
+HOSTS = ["01 7f 00 00 01", "04" + " 00" * 10 + " ff ff 7f 00 00 01",  # by literal, and by name
+         "03 09 6c 6f 63 61 6c 68 6f 73 74", "03 04 62 c3 bc 62",
+         "03 09 31 32 37 2e 30 2e 30 2e 31"]
+EDGES = octets("00 01 02 03 04 05 06 7f 80 fe ff")
+REPLIED = (br"(?:\x05\x00\x00(?:\x01.{6}|\x04.{18}).*"  # octets after "succeeded" only
+           br"|\x05[\x01-\x08]\x00\x01.{6})?")
+ANSWERS = {  # all that a client can be told to the end, by whether there are users
+    False: re.compile(br"(?s)|\x05\xff|\x05\x00%b" % REPLIED),
+    True: re.compile(br"(?s)|\x05\xff|\x05\x02(?:\x01\x01|\x01\x00%b)?" % REPLIED)}
+
+
+def noise(rng, count):
+    """`count` random octets."""
+    return bytes(rng.randrange(256) for _ in range(count))
+
+
+def mutated(rng, sent):
+    """`sent` with one thing wrong."""
+    start = rng.randrange(len(sent) + 1)
+    end = start + rng.choice([1, 1, 1, 2, 4, 16, 255])
+    head, piece, rest = sent[:start], sent[start:end], sent[end:]
+    return rng.choice([
+        head + bytes(octet ^ 1 << rng.randrange(8) for octet in piece) + rest,
+        head + noise(rng, len(piece)) + rest,
+        head + bytes([rng.choice(EDGES)]) + sent[start + 1:],
+        head + noise(rng, rng.randrange(1, 9)) + piece + rest,
+        head + rest,
+        head,
+        head + piece + piece + rest,
+        head + rest[:len(piece)] + piece + rest[len(piece):]])
+
+
+def cut_up(rng, sent):
+    """`sent` in pieces: one, a few, or one for each octet at the beginning."""
+    few = [rng.randrange(len(sent) + 1) for _ in range(rng.randrange(5))]
+    each = range(min(len(sent), 40))
+    ends = sorted(each if rng.random() < 0.05 else few) + [len(sent)]
+    return [sent[start:end] for start, end in zip([0] + ends, ends) if start < end]
+
+
+class Conversation:
+    """The `number`-th one for `seed`: what to send to which server, and how to leave."""
+
+    def __init__(self, seed, number, port):
+        rng = random.Random("%d %d" % (seed, number))
+        self.users = rng.random() < 0.5
+        login = self.users != (rng.random() < 0.05)
+        frames = [
+            octets(rng.choice(GREETINGS[int(login):])),
+            octets(rng.choices(LOGINS, [8, 1, 1])[0]) if login else b"",
+            bytes([5, rng.choices([1, 2, 3, rng.randrange(256)], [94, 2, 2, 2])[0], 0]),
+            octets(rng.choice(HOSTS)) + struct.pack(">H", port),
+            noise(rng, rng.choice([0, 1, 10, 100, 1000]))]
+        mutations = rng.choice([0, 0, 1, 1, 1, 2, 5, 20])
+        if mutations > 1 and rng.random() < 0.3:
+            rng.shuffle(frames)
+        sent = b"".join(frames)
+        for _ in range(mutations):
+            sent = mutated(rng, sent)
+        if rng.random() < 0.02:
+            sent = noise(rng, rng.randrange(600))
+        self.pieces = cut_up(rng, sent)
+        self.leave = rng.choices(["half-close", "close", "reset", "stay"], [50, 29, 20, 1])[0]
+
+    def __str__(self):
+        return "users=%s %s %s" % (
+            self.users, "|".join(piece.hex() for piece in self.pieces), self.leave)
+
+
+class SessionCounter(logging.Handler):
+    """Counts the session lines by their client; keeps what is an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.clients = collections.Counter()
+        self.errors = []  # the client, if it has one, and what is in the log
+
+    def emit(self, record):
+        text = self.format(record)
+        if record.levelno >= logging.ERROR or record.exc_info:
+            client = re.search(r"[0-9.]+:\d+|$", record.threadName).group()
+            self.errors.append((client, text))
+        elif text.startswith("session "):
+            self.clients[re.search(r" client=(\S*)", text).group(1)] += 1
+
+
+class FuzzTest(TestCase):
+    """Conversations of all kinds; $FUZZ is how many, $SEED repeats those of another run."""
+
+    count = int(os.environ.get("FUZZ") or 10000)
+    clients = 12
+    staying = 10  # clients that a thread leaves open until they are hung up on
+
+    def setUp(self):
+        super().setUp()
+        self.seed = int(os.environ.get("SEED") or random.randrange(10**9))
+        self.stay_on_one_cpu()
+        self.port = self.echo()
+        self.begun = []  # the client's address and the number of each conversation
+        self.failures = []
+        patch = mock.patch.multiple(
+            socks5, LOGIN_PAUSE=0.001, REFUSAL_TIMEOUT=0.2, SWEEP_INTERVAL=0.05)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.log = SessionCounter()
+        logger = logging.getLogger("socks5")
+        self.addCleanup(logger.setLevel, logger.level)
+        self.addCleanup(logger.removeHandler, self.log)
+        logger.addHandler(self.log)
+        logger.setLevel(logging.DEBUG)  # which brings the tracebacks
+        names = resolver(self.dead(), ("127.0.0.1", self.port))
+        names.start()
+        self.addCleanup(names.stop)
+
+    def stay_on_one_cpu(self):
+        """Stay there until the end: to wake each other elsewhere takes half of the time."""
+        patch = mock.patch.object(socks5.Flow, "cpus", None)
+        patch.start()
+        self.addCleanup(patch.stop)
+        if hasattr(os, "sched_setaffinity"):
+            self.addCleanup(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        socks5.stay_on_one_cpu(0)
+
+    def serve_loopback(self, users):
+        """A server for the echo server only: no other program of this host is called on."""
+        port = self.port
+
+        class Handler(socks5.Socks5RequestHandler):
+            def connect(self, destination):
+                if destination.port != port:
+                    raise OSError(errno.ECONNREFUSED, "not the test's")
+                return super().connect(destination)
+
+        return self.serve(Handler, users=users, rules=["allow 127.0.0.0/8", "allow ::1", "deny *"],
+                          handshake_timeout=1, connect_timeout=1, idle_timeout=1, linger=1,
+                          bind_timeout=0.5, udp_timeout=0.5)
+
+    def begin(self, server, number):
+        """A client, which the log is to have a line for."""
+        client = socket.socket()
+        try:
+            client.settimeout(PATIENCE)
+            client.connect(server.server_address)
+            self.begun.append(("%s:%d" % client.getsockname(), number))
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def check_end(self, talk, client):
+        """Read what `client` is told until it is hung up on."""
+        with client:
+            answer, end = read_all(client)
+        if end == "end" and not ANSWERS[talk.users].fullmatch(answer):
+            raise AssertionError("answer: %s" % answer.hex())
+        if answer.startswith(b"\5\2\1\0") and octets(LOGINS[0]) not in b"".join(talk.pieces):
+            raise AssertionError("logged in: %s" % answer.hex())
+
+    def converse(self, talk, client):
+        """Send what is to be sent, and leave, unless it is to stay."""
+        with contextlib.suppress(OSError):  # it may have been hung up on
+            for piece in talk.pieces:
+                client.sendall(piece)
+            if talk.leave == "half-close":
+                client.shutdown(socket.SHUT_WR)
+        if talk.leave == "half-close":
+            self.check_end(talk, client)
+        elif talk.leave == "reset":
+            reset(client)
+        elif talk.leave == "close":
+            client.close()
+
+    def have_conversations(self, servers, first):
+        """A client thread's life: every so-manieth conversation."""
+        stayed = []
+        for number in range(first, self.count, self.clients):
+            if self.failures:
+                break
+            talk = Conversation(self.seed, number, self.port)
+            with self.reported(number):
+                client = self.begin(servers[talk.users], number)
+                stayed += [(number, talk, client)] * (talk.leave == "stay")
+                self.converse(talk, client)
+            if len(stayed) > self.staying:
+                self.see_off(*stayed.pop(0))
+        for conversation in stayed:
+            self.see_off(*conversation)
+
+    def see_off(self, number, talk, client):
+        """Wait until the server has lost its patience with a client that stayed."""
+        with client, self.reported(number):
+            if not self.failures:  # or else nobody wants to wait for more of them
+                self.check_end(talk, client)
+
+    @contextlib.contextmanager
+    def reported(self, number):
+        """What goes wrong, with the conversation's number: a thread has no test to fail."""
+        try:
+            yield
+        except Exception as error:
+            self.fail_later(number, repr(error))
+
+    def fail_later(self, number, what):
+        """Note what went wrong in a conversation; -1 is a well-behaved one."""
+        talk = Conversation(self.seed, number, self.port) if number >= 0 else "well-behaved"
+        self.failures.append("conversation %d: %s\n%s" % (number, talk, what))
+
+    def check_well_behaved(self, server, head, answer):
+        """A tunnel still works. As the last in the queue, this client has seen all others in."""
+        client = self.own(self.begin(server, -1))
+        client.sendall(octets(head + HOSTS[0]) + struct.pack(">H", self.port) + b"ping")
+        client.shutdown(socket.SHUT_WR)
+        said, end = read_all(client)
+        self.assertEqual((said[:len(octets(answer))], said[-4:], end),
+                         (octets(answer), b"ping", "end"))
+        client.close()
+
+    def check_failures(self):
+        """Fail if a conversation has, or if there is an error in the log."""
+        numbers = dict(self.begun)
+        for client, text in self.log.errors:
+            self.fail_later(numbers.get(client, -1), text)
+        if self.failures:
+            self.fail("%d failures:\n\n%s" % (len(self.failures), "\n\n".join(self.failures[:3])))
+
+    def check_session_lines(self):
+        """One for each conversation."""
+        numbers = collections.defaultdict(list)  # a port may have been used again
+        for client, number in self.begun:
+            numbers[client].append(number)
+        for client in sorted(numbers):
+            if self.log.clients[client] != len(numbers[client]):
+                self.fail_later(numbers[client][0], "%s: %d session lines, conversations %s" % (
+                    client, self.log.clients[client], numbers[client]))
+        self.check_failures()
+        self.assertEqual(sum(self.log.clients.values()), len(self.begun))
+
+    def test_random_conversations(self):
+        servers = {users: self.serve_loopback(USERS if users else None) for users in (False, True)}
+        with self.subTest(SEED=self.seed, FUZZ=self.count), contextlib.redirect_stderr(
+                io.StringIO()) as stderr:
+            threads = [self.thread(self.have_conversations, servers, first)
+                       for first in range(self.clients)]
+            for thread in threads:  # each wait in it is limited, and a failure ends it
+                thread.join()
+            self.check_failures()
+            self.check_well_behaved(servers[False], GREET + "05 01 00", "05 00 05 00")
+            self.check_well_behaved(servers[True], LOGIN + "05 01 00", "05 02 01 00 05 00")
+            for server in servers.values():
+                server.drain(PATIENCE)
+                self.assertEqual((server.guests, server.sessions), ({}, set()))
+                self.stop(server)
+                self.assertEqual((server.guests, server.sessions), ({}, set()))
+            self.check_session_lines()
+            self.assertEqual(stderr.getvalue(), "")
+
+    def test_conversations_depend_on_seed_and_number_only(self):
+        first, again, other = (
+            [str(Conversation(seed, number, self.port)) for number in range(100)]
+            for seed in (1, 1, 2))
+        self.assertEqual(first, again)
+        self.assertNotEqual(first, other)
+
+
+@unittest.skipUnless(resource, "descriptors as POSIX has them")
+class FloodTest(CommandTestCase):
+    silent = 3000
+    needed = 8000  # descriptors of the server, which keeps two for each session
+
+    def take_descriptors(self):
+        """Have as many descriptors as the flood needs, until the end of the test."""
+        soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < self.needed:
+            self.skipTest("no more than %d descriptors to be had" % hard)
+        if soft != resource.RLIM_INFINITY and soft < self.needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (self.needed, hard))
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+
+    def readable(self, socks):
+        """Those of `socks` that have something to read, if only an end."""
+        with selectors.DefaultSelector() as selector:
+            for sock in socks:
+                selector.register(sock, selectors.EVENT_READ)
+            return [key.fileobj for key, _ in selector.select(0)]
+
+    def tunnel_through(self, address, port):
+        """A client of the server at `address`, tunnelled to the echo server on `port`."""
+        client = self.own(socket.create_connection(address))
+        client.sendall(octets(GREET + "05 01 00 01 7f 00 00 01") + struct.pack(">H", port)
+                       + b"ping")
+        self.assertEqual(read_count(client, 16)[:4], octets("05 00 05 00"))
+        return client
+
+    def test_three_thousand_silent_clients(self):
+        self.take_descriptors()
+        with tempfile.TemporaryFile("w+") as log:  # a pipe would be full, and hold the server up
+            self.flood(log)
+            log.seek(0)
+            ends = [line.rpartition(" end=")[2] for line in log.read().splitlines()]
+        self.assertEqual(ends.count("handshake-timeout"), self.silent)
+        self.assertEqual(len(ends), self.silent + len(range(0, self.silent, 500)) + 1)
+
+    def flood(self, log):
+        """Connect the silent clients, and see them served, passed over, and hung up on."""
+        process = self.start("socks5.py", "0", stderr=log)
+        address, port = ("127.0.0.1", self.port(process)), self.echo()
+        flood = []
+        while len(flood) < self.silent:
+            flood += [self.own(socket.create_connection(address)) for _ in range(500)]
+            self.tunnel_through(address, port).close()  # the last in the queue: it is empty then
+        client = self.tunnel_through(address, port)
+        self.assertEqual(self.readable(flood), [])
+        client.close()
+        for sock in flood:
+            self.assertEqual(read_all(sock), (b"", "end"))
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(PATIENCE), 0)
+
+
 # ---- the echo server ---------------------------------------------------------------------
 
 @unittest.skipUnless(os.name == "posix", "signals as POSIX has them")
@@ -2721,9 +3055,19 @@ class EchoServerTest(CommandTestCase):
         table = {name.strip(): [float(figure) for figure in figures.split()]
                  for name, figures in re.findall(r"^(\w.{15})(.+)$", out, re.MULTILINE)}
         self.assertEqual((table["sessions held"], table["failures"]), ([21, 21, 1], [0, 0]))
-        for name in ("sessions/s", "round trips/s", "p50 ms", "p99 ms", "MiB/s each way"):
+        self.assertEqual(table["datagrams lost"], [0, 0])
+        for name in ("sessions/s", "round trips/s", "p50 ms", "p99 ms", "datagrams/s",
+                     "datagrams sent", "MiB/s each way"):
             through, directly, _ = table[name]
             self.assertGreater(min(through, directly), 0)
+
+    def test_measuring_without_datagrams(self):
+        port = str(self.serve(commands=["connect"]).server_address[1])
+        process = self.start("echo_server.py", "--through", "127.0.0.1:" + port,
+                             "--seconds", "0.1", "--sessions", "2")
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertRegex(out, r"(?m)^datagrams sent +0 ")
 
     def test_measuring_what_is_no_way_through(self):
         port = str(self.serve(users={"alice": "secret"}).server_address[1])
