@@ -398,29 +398,38 @@ class Rule(NamedTuple):
                    match.group("user") or "", network, name, range(first, last + 1))
 
     def matches(self, user: str, name: bytes, ip: Any, port: int) -> bool:
-        """Whether it is for `user`, who asked for `name` (b"" for a literal), which is at `ip`."""
+        """Whether it is for `user`, who asked for `name` (b"" for a literal), which is at `ip`.
+
+        While that is not known, None, whether it could be.
+        """
         if self.user not in ("", user) or port not in self.ports:
             return False
         if self.network is not None:
-            return ip in self.network
+            return ip is None or ip in self.network
         return self.name in (b"", name) or (
             self.name.startswith(b".") and (b"." + name).endswith(self.name))
+
+
+def read_network(text: str) -> Any:
+    """An address or a network; ValueError if it is neither, or IPv4 in the disguise of IPv6."""
+    network = ipaddress.ip_network(text)
+    if getattr(network.network_address, "ipv4_mapped", None):
+        raise ValueError("%s: IPv4 has to be written as such" % text)
+    return network
 
 
 def read_host(host: str) -> Tuple[Any, bytes]:
     """What a rule has for a host: a network, or None and a name; ValueError if it is neither."""
     if host == "*":
         return None, b""
-    if set(host) & set(":/") or host.rpartition(".")[2].isdigit():
-        network = ipaddress.ip_network(host)
-        if getattr(network.network_address, "ipv4_mapped", None):
-            raise ValueError("IPv4 has to be written as such")
-        return network, b""
+    last = host.rstrip(".").rpartition(".")[2]
+    if set(host) & set(":/") or last.isdigit() or last[:2] in ("0x", "0X"):
+        return read_network(host), b""
     try:
         name = plain_name(host[2:] if host.startswith("*.") else host)
     except RequestError:
-        name = b"*"
-    if b"*" in name:
+        name = b""
+    if not name or b"*" in name:
         raise ValueError("no address, network, name, or *.name")
     return None, (b"." if host.startswith("*.") else b"") + name
 
@@ -504,7 +513,7 @@ class Settings:
         self.users = None if users is None else {
             name.encode(): password.encode() for name, password in users.items()}
         self.rules = [Rule.read(rule) for rule in rules]
-        self.clients = [ipaddress.ip_network(client) for client in clients]
+        self.clients = [read_network(client) for client in clients]
         self.disabled = set(COMMANDS.values())
         for command in commands:
             if command not in COMMANDS:
@@ -1094,7 +1103,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     rbufsize = 1024  # octets; no frame has more than 513
 
     def setup(self) -> None:
-        """Begin a session: from here on, the server keeps its deadline."""
+        """Begin a session."""
         super().setup()
         self.started = time.monotonic()
         self.sockets = {self.connection}
@@ -1112,11 +1121,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.fields["client"] = client
         self.rules = complete(self.settings.rules, client.host)
         self.enter("handshake", self.settings.handshake_timeout)
-        with self.server.lock:
-            self.server.sessions.add(self)
 
     def handle(self) -> None:
         """The conversation, and the one place where failures become octets."""
+        with self.server.lock:
+            self.server.sessions.add(self)  # from here on, it keeps the deadline
         try:
             self.negotiate()
             request = Request.read(self.rfile)
@@ -1277,13 +1286,29 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
         """The addresses of `destination` that the rules allow; RequestError if none is left."""
-        addresses = resolve(destination, deadline)
-        rules = [self.rule_for(destination.host, address) for address in addresses]
-        passed = [address for address, rule in zip(addresses, rules) if rule.allows]
-        if rules and not passed:
-            self.fields["rule"] = rules[0].text
+        name, passed = plain_name(destination.host), []
+        denied, may_pass = self.foresee(name, destination.port)
+        if may_pass:  # or else the resolver need not know of it
+            for address in resolve(destination, deadline):
+                rule = self.rule_for(name, address)
+                if rule.allows:
+                    passed.append(address)
+                else:
+                    denied = rule
+        if not passed:
+            self.fields["rule"] = denied.text
             raise RequestError(Reply.NOT_ALLOWED)
         return passed
+
+    def foresee(self, name: bytes, port: int) -> Tuple[Rule, bool]:
+        """The rule that decides on `name` if those for addresses do not, and if any may allow."""
+        user, may_pass = str(self.fields["user"]), False
+        for rule in self.rules:
+            if rule.matches(user, name, None, port):
+                may_pass = may_pass or rule.allows
+                if rule.network is None:
+                    break
+        return rule, may_pass
 
     def route(self, destination: Address) -> Tuple[Any, ...]:
         """Where datagrams for `destination` go; RequestError or OSError if nowhere."""
@@ -1351,15 +1376,15 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def may_enter(self, hosts: Optional[Set[str]], peer: Any) -> bool:
         """Whether a BIND that waits for `hosts` takes a connection from `peer`."""
-        host = Address.of(peer).host
-        return host in hosts if hosts is not None else self.rule_for(
-            host, (socket.AF_UNSPEC, peer)).allows
+        if hosts is not None:
+            return Address.of(peer).host in hosts
+        return self.rule_for(b"", (socket.AF_UNSPEC, peer)).allows
 
-    def rule_for(self, host: str, address: SocketAddress) -> Rule:
-        """The rule that decides on `host`, which is at `address`."""
-        name, user, at = plain_name(host), str(self.fields["user"]), Address.of(address[1])
-        ip = ipaddress.ip_address(at.host)
-        return next(rule for rule in self.rules if rule.matches(user, name, ip, at.port))
+    def rule_for(self, name: bytes, address: SocketAddress) -> Rule:
+        """The rule that decides on `name`, which is at `address`."""
+        user, (host, port) = str(self.fields["user"]), Address.of(address[1])
+        ip = ipaddress.ip_address(host)
+        return next(rule for rule in self.rules if rule.matches(user, name, ip, port))
 
     def send(self, octets: bytes) -> None:
         """Send a part of the negotiation."""
@@ -1520,19 +1545,18 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to serve a client: who it is, and how many there are; if not, say why."""
-        client = Address.of(client_address)
-        settings, ip = self.settings, ipaddress.ip_address(client.host)
+        client, settings = Address.of(client_address), self.settings
+        ip = ipaddress.ip_address(client.host)
         if settings.clients and not any(ip in network for network in settings.clients):
             log.warning("client refused client=%s", client)
-            return False
-        if len(self.guests) >= settings.max_sessions:
+        elif len(self.guests) >= settings.max_sessions:
             self.warn("too many sessions client=%s", client)
-            return False
-        if (settings.max_per_client < sys.maxsize
+        elif (settings.max_per_client < sys.maxsize
                 and list(self.guests.values()).count(client.host) >= settings.max_per_client):
             self.warn("too many sessions of a client client=%s", client)
-            return False
-        return True
+        else:
+            return True
+        return False
 
     def shutdown_request(self, request: Any) -> None:
         """Close a client's connection, whatever came of it."""
@@ -1589,7 +1613,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         wake(self.socket, socket.SHUT_RD)
 
     def drain(self, seconds: float) -> None:
-        """Wait until the sessions have ended, `seconds` at most."""
+        """Wait until the sessions have ended, `seconds` at most. Call `shutdown` before."""
         with self.guest_left:
             self.guest_left.wait_for(lambda: not self.guests, seconds)
 
@@ -1610,6 +1634,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 # ---- service: what signals say to a server, and to workers that share its socket ---------
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is replaced
+WAITING_SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
+                   if hasattr(signal, name)]
 SETTLED = 5.0  # seconds; a worker that dies sooner makes the next pause twice as long
 
 
@@ -1645,13 +1671,16 @@ def accept_forever(server: Socks5Server) -> None:
 
 
 def sweep_until_orphaned(server: Socks5Server, parent: int) -> None:
-    """Keep the deadlines of `server` until the pipe `parent` has no writer; then stop it."""
+    """Keep the deadlines of `server`. When the pipe `parent` has no writer any more, stop it."""
     with AttemptSelector() as selector:
         selector.register(parent, selectors.EVENT_READ)
         while not selector.select(SWEEP_INTERVAL):
             server.service_actions()
     server.stop_accepting()
     os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        server.service_actions()
+        time.sleep(SWEEP_INTERVAL)
 
 
 class Service:
@@ -1661,41 +1690,45 @@ class Service:
     queue when a worker dies is served by another one. Signals are blocked and waited for: one
     that came just before a system call would be overslept, and handlers could not take locks.
     SIGINT and SIGTERM stop accepting, and let sessions go on for `drain` seconds; the second
-    one ends them. SIGHUP calls `reload`, which says whether it has worked. SIGUSR1 reports.
-    SIGUSR2 is how a process tells itself or its workers to end.
+    one ends them. SIGHUP takes what `read_settings` gives now. SIGUSR1 reports. SIGUSR2 is how
+    a process tells itself or its workers to end, SIGALRM how it reminds itself to try again.
     """
 
-    def __init__(self, server: Socks5Server, count: int, drain: float,
-                 reload: Callable[[], bool]) -> None:
-        self.server, self.count, self.drain, self.reload = server, count, drain, reload
+    def __init__(self, server: Socks5Server, workers: int, drain: float,
+                 read_settings: Callable[[], Settings]) -> None:
+        self.server, self.wanted, self.drain = server, workers, drain
+        self.read_settings = read_settings
         self.workers: Dict[int, Tuple[int, float]] = {}  # by process: number, and when started
-        self.pause = SHORTEST_PAUSE
-        self.parent, self.writer = os.pipe()
-        self.owner = os.getpid()
+        self.pause = 0.0
+        self.pipe = os.pipe()
+        self.owner, self.thread = os.getpid(), threading.get_ident()
         self.stopping = False
         self.has_terminal = os.isatty(0)
-        self.signals = {signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2} | {
-            number for number in (signal.SIGINT, signal.SIGTERM)
-            if signal.getsignal(number) != signal.SIG_IGN}
+        self.signals = {signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM, *WAITING_SIGNALS}
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self.signals.add(signal.SIGINT)
 
     def run(self, greeting: str) -> None:
         """Announce `greeting` as soon as signals are obeyed, and serve until they end it."""
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # or it would be dropped
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
-        announce(greeting)
-        if self.count == 1:
-            self.serve(os.getpid(), 0)
-            return
-        for number in range(self.count):
-            self.start_worker(number, 0)
-        self.obey()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        try:
+            announce(greeting)
+            if self.wanted == 1:
+                self.work(os.getpid())
+            else:
+                self.start_missing()
+                self.obey()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def serve(self, number: int, pause: float) -> None:
-        """Serve in this process, on a CPU by `number`, `pause` seconds from now."""
+    def work(self, number: int) -> None:
+        """Serve in this process, after `pause` seconds, on a CPU by `number`."""
+        self.wanted = 0
         stay_on_one_cpu(number)
-        for thread in (threading.Timer(pause, accept_forever, (self.server,)),
+        for thread in (threading.Timer(self.pause, accept_forever, (self.server,)),
                        threading.Thread(target=sweep_until_orphaned,
-                                        args=(self.server, self.parent))):
+                                        args=(self.server, self.pipe[0]))):
             thread.daemon = True
             thread.start()
         self.obey()
@@ -1705,30 +1738,28 @@ class Service:
         """Carry out what signals say, until there is nothing left to serve."""
         while True:
             number = signal.sigwait(self.signals)
-            if number == signal.SIGCHLD:
+            if number in (signal.SIGCHLD, signal.SIGALRM):
                 self.replace_dead()
             elif number == signal.SIGUSR1:
-                self.report()
-            elif number == signal.SIGHUP and not self.has_lost_its_terminal():
-                if self.reload():
-                    self.pass_on(signal.SIGHUP)
+                self.pass_on(number) if self.workers else self.server.report()
+            elif number == signal.SIGHUP and os.isatty(0) == self.has_terminal:
+                self.reload()
             elif number == signal.SIGUSR2:
                 return
             elif not self.stopping:
                 self.stop()
-            elif os.getpid() == self.owner:  # workers may get SIGTERM from the parent and others
+            elif os.getppid() != self.owner:  # or else it is the parent who decides
                 self.end()
 
-    def has_lost_its_terminal(self) -> bool:
-        """Whether SIGHUP means what it has always meant: the connection to us is gone."""
-        return self.has_terminal and not os.isatty(0)
-
-    def report(self) -> None:
-        """Log what is going on, here or in the workers."""
-        if self.workers:
-            self.pass_on(signal.SIGUSR1)
+    def reload(self) -> None:
+        """Take new settings, here and in the workers, if they are right."""
+        try:
+            self.server.settings = self.read_settings()
+        except (OSError, ValueError, RecursionError, SystemExit) as error:  # the last by --help
+            log.warning("settings are as before: %s", error)
         else:
-            self.server.report()
+            log.log(NOTICE, "settings have been read again")
+            self.pass_on(signal.SIGHUP)
 
     def stop(self) -> None:
         """Stop accepting, and end when the sessions have, or the workers."""
@@ -1746,45 +1777,57 @@ class Service:
         self.end()
 
     def end(self) -> None:
-        """End at once: this process, or the workers, and so this one after them."""
-        for process in self.workers or [os.getpid()]:
-            os.kill(process, signal.SIGUSR2)
+        """End at once: the workers, and this process after them."""
+        self.pass_on(signal.SIGUSR2)
+        if not self.workers:
+            signal.pthread_kill(self.thread, signal.SIGUSR2)
 
     def pass_on(self, number: int) -> None:
         """Send the signal to the workers."""
         for process in self.workers:
             os.kill(process, number)
 
-    def start_worker(self, number: int, pause: float) -> None:
-        """Start a worker, which begins to serve `pause` seconds later."""
+    def replace_dead(self) -> None:
+        """Start a worker for each that has died; if one has not lived long, after a pause."""
+        dead = [process for process in self.workers if os.waitpid(process, os.WNOHANG)[0]]
+        started = [self.workers.pop(process)[1] for process in dead]
+        if self.stopping:
+            if dead and not self.workers:
+                self.end()
+            return
+        if dead:
+            settled = time.monotonic() - max(started) > SETTLED
+            self.pause = SHORTEST_PAUSE if settled else min(
+                max(2 * self.pause, SHORTEST_PAUSE), LONGEST_PAUSE)
+            log.warning("worker %s has died: starting another in %g s",
+                        ", ".join(map(str, dead)), self.pause)
+        self.start_missing()
+
+    def start_missing(self) -> None:
+        """Start the workers that there should be, and try later if the system has no room."""
+        running = {number for number, _ in self.workers.values()}
+        for number in sorted({*range(self.wanted)} - running):
+            try:
+                self.start_worker(number)
+            except OSError as error:
+                log.warning("no worker can be started: %s", error.strerror)
+                signal.alarm(int(LONGEST_PAUSE))
+
+    def start_worker(self, number: int) -> None:
+        """Start a worker; OSError if there is no room for another process."""
         process = os.fork()
         if process:
             self.workers[process] = number, time.monotonic()
             return
         try:
-            os.close(self.writer)
+            os.close(self.pipe[1])
             self.workers.clear()
-            self.serve(self.owner + number, pause)
+            self.work(self.owner + number)
         except Exception as error:
             log.error("worker failed error=%s", type(error).__name__,
                       exc_info=log.isEnabledFor(logging.DEBUG))
         finally:
             os._exit(0)
-
-    def replace_dead(self) -> None:
-        """Start a worker for each that has died; if it has not lived long, it has to pause."""
-        for process, (number, since) in list(self.workers.items()):
-            if not os.waitpid(process, os.WNOHANG)[0]:
-                continue
-            del self.workers[process]
-            if self.stopping:
-                continue
-            settled = time.monotonic() - since > SETTLED
-            self.pause = SHORTEST_PAUSE if settled else min(2 * self.pause, LONGEST_PAUSE)
-            log.warning("worker %d has died: starting another in %g s", process, self.pause)
-            self.start_worker(number, self.pause)
-        if self.stopping and not self.workers:
-            self.end()
 
 
 # ---- command line ------------------------------------------------------------------------
@@ -1800,23 +1843,23 @@ class Parser(argparse.ArgumentParser):
     """Options, from @FILE too, as a shell would read them; ValueError for what makes no sense."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
-        return shlex.split(arg_line, comments=True)
+        return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
 
 
 def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
-    """`convert`, for argparse, of what lies in between."""
+    """`convert`, for argparse. What is no number is not quoted: it might be a password."""
     def converted(text: str) -> float:
-        if not least <= convert(text) <= most:
-            raise argparse.ArgumentTypeError("%s is not in %g to %g" % (text, least, most))
-        return convert(text)
-    converted.__name__ = convert.__name__  # it stands in argparse's messages
+        with contextlib.suppress(ValueError):
+            if least <= convert(text) <= most:
+                return convert(text)
+        raise argparse.ArgumentTypeError("not a number in %g to %g" % (least, most))
     return converted
 
 
-count = number(int, 1, 1e6)
+amount = number(int, 1, 1e6)
 seconds = number(float, 0.001, 1e9)
 
 
@@ -1830,7 +1873,7 @@ def port_range(text: str) -> Iterable[int]:
 
 def worker_count(text: str) -> int:
     """A number of workers, for argparse."""
-    return len(usable_cpus()) if text == "auto" else int(count(text))
+    return len(usable_cpus()) if text == "auto" else int(amount(text))
 
 
 def make_parser() -> Parser:
@@ -1855,10 +1898,10 @@ def make_parser() -> Parser:
         "and --deny, the first that matches decides, and with any --allow the rest is denied")
     add("--deny", metavar="RULE", dest="rules", action="append", type="deny {}".format,
         help="do not let clients go to RULE")
-    add("--max-sessions", metavar="N", type=count,
+    add("--max-sessions", metavar="N", type=amount,
         help="sessions at a time, in each worker; who comes then is closed at once "
         "(default: what there are descriptors for, and who comes then waits)")
-    add("--max-per-client", metavar="N", type=count,
+    add("--max-per-client", metavar="N", type=amount,
         help="the same, for each client's address (default: any number)")
     add("--connect-timeout", metavar="S", type=seconds, default=10.0,
         help="seconds to find and reach a target (default: %(default)g)")
@@ -1928,37 +1971,39 @@ def read_settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def reload(server: Socks5Server, parser: Parser, argv: Optional[List[str]]) -> bool:
-    """Give `server` the settings of `argv` and of its files as they are now, if they are right."""
+def serve(args: argparse.Namespace, settings: Settings,
+          read_again: Callable[[], Settings]) -> int:
+    """Serve until a signal comes; the exit status."""
     try:
-        server.settings = read_settings(parser.parse_args(argv))
-    except (OSError, ValueError, RecursionError, SystemExit) as error:  # the last from --help
-        log.warning("settings are as before: %s", error)
-        return False
-    log.log(NOTICE, "settings have been read again")
-    return True
-
-
-def serve(server: Socks5Server, args: argparse.Namespace, reload: Callable[[], bool]) -> None:
-    """Serve until a signal comes."""
+        server = Socks5Server((args.bind, args.port))
+    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
+        print("socks5.py: cannot serve on %s port %d: %s" % (
+            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
+            file=sys.stderr)
+        return 1
+    server.settings = settings
     address = Address.of(server.server_address)
     greeting = "Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address)
-    if args.workers > 1 and not hasattr(os, "fork"):
-        log.warning("this system has no fork(): serving with one worker")
-    if hasattr(signal, "pthread_sigmask"):
-        Service(server, args.workers, args.drain, reload).run(greeting)
-        return
-    announce(greeting)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.socket.close()
-        server.drain(args.drain)
+    with server:
+        if hasattr(signal, "pthread_sigmask"):
+            Service(server, args.workers, args.drain, read_again).run(greeting)
+            return 0
+        announce(greeting)
+        if args.workers > 1:
+            log.warning("this system has no fork(): serving with one worker")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            server.socket.close()
+            server.drain(args.drain)
+    return 0
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command; its exit status."""
     parser = make_parser()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, WAITING_SIGNALS)  # until there is a server
     try:
         args = parser.parse_args(argv)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
@@ -1971,16 +2016,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     threading.stack_size(STACK_SIZE)
     sys.setswitchinterval(SWITCH_INTERVAL)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        server = Socks5Server((args.bind, args.port))
-    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
-        print("socks5.py: cannot serve on %s port %d: %s" % (
-            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
-            file=sys.stderr)
-        return 1
-    server.settings = settings
-    with contextlib.suppress(KeyboardInterrupt), server:
-        serve(server, args, lambda: reload(server, parser, argv))
+    fixed = {"bind": args.bind, "port": args.port}  # where it serves, whatever a file says later
+    with contextlib.suppress(KeyboardInterrupt):
+        return serve(args, settings, lambda: read_settings(argparse.Namespace(
+            **dict(vars(parser.parse_args(argv)), **fixed))))
     return 0
 
 

@@ -198,10 +198,10 @@ class TestCase(unittest.TestCase):
             sock.connect_ex(listener.getsockname())
         return listener.getsockname()
 
-    def dead(self):
+    def dead(self, host="127.0.0.1"):
         """An address that refuses: nobody listens, and nobody else is given the port."""
         sock = self.own(socket.socket())
-        sock.bind(("127.0.0.1", 0))
+        sock.bind((host, 0))
         return sock.getsockname()
 
     def stop(self, server):
@@ -407,6 +407,7 @@ class RulesTest(TestCase):
                 ("[::1", "HOST"), ("[::1]80", "HOST"), ("a b", "no address"), ("a:70000", "ports"),
                 ("a:2-1", "ports"), ("10.0.0.1/8", "host bits"), ("10.0.0.256", "not appear"),
                 ("10.0.0.0/33", "not appear"), ("::g", "not appear"),
+                ("192.168.", "not appear"), ("0x7f000001", "not appear"), ("\u2024", "no address"),
                 ("a*.example", "no address"), ("*.*.example", "no address"), ("*.", "no address"),
                 ("a..b", "no address"),
                 ("::ffff:10.0.0.1", "IPv4"), ("::ffff:10.0.0.0/104", "IPv4")]:
@@ -1291,12 +1292,12 @@ class PermissionTest(LoggedTestCase):
         return self.reply, line, len(set(tried))
 
     def test_only_addresses_that_passed_are_dialed(self):
-        listener, dead = self.listen(), self.dead()
+        listener, dead = self.listen(), self.dead("127.0.0.3")
         good = listener.getsockname()
         reply, line, tried = self.ask(["deny 127.0.0.2", "deny ::1"], "mixed.example",
                                       ("127.0.0.2", good[1]), ("::1", good[1]), good)
         self.assertEqual((reply, tried, line["reached"]), (0, 1, "127.0.0.1:%d" % good[1]))
-        reply, line, tried = self.ask(["allow *:%d" % dead[1]], "mixed.example", good, dead)
+        reply, line, tried = self.ask(["allow 127.0.0.3"], "mixed.example", good, dead)
         self.assertEqual((reply, tried), (5, 1))
 
     def test_nothing_left(self):
@@ -1326,6 +1327,13 @@ class PermissionTest(LoggedTestCase):
             client.sendall(octets(GREET + "05 01 00 03 01 78 00 50"))
             self.assertEqual(read_count(client, 4), octets("05 00 05 00"))
         self.assertEqual(len(answers), 1)
+
+    def test_names_that_nothing_allows_are_not_looked_up(self):
+        for rules in (["deny *"], ["allow other.example", "allow alice@*"], ["allow *:443"]):
+            with mock.patch.object(socks5, "look_up", side_effect=AssertionError):
+                reply, line, _ = self.ask(rules, "a.example")
+            self.assertEqual((reply, line["rule"]), (2, "default" if "allow" in rules[0]
+                                                     else "deny:*"))
 
     def test_users(self):
         for rule, reply in (("allow alice@*", 5), ("allow bob@*", 2), ("deny alice@*", 2)):
@@ -2329,7 +2337,10 @@ class CommandLineTest(CommandTestCase):
             self.assertRegex(file.read(), r"Max open files +%d +%d " % (hard, hard))
 
     def test_usage_errors(self):
-        for arguments in (["65536"], ["-1"], ["x"], ["--users", ""], ["--linger", "0"],
+        for arguments in (["65536"], ["-1"], ["--client", "::ffff:10.0.0.0/104"],
+                          ["--commands", "connect,associate"], ["--udp-ports", "2-1"],
+                          ["--udp-ports", "80"], ["--udp-advertise", "me"], ["--drain", "-1"],
+                          ["x"], ["--users", ""], ["--linger", "0"],
                           ["--linger", "nan"], ["--idle-timeout", "inf"],
                           ["--connect-timeout", "x"], ["-q", "-v"], ["--no-such"],
                           ["--workers", "0"], ["--users", os.path.join(HERE, "none")],
@@ -2382,12 +2393,13 @@ class CommandLineTest(CommandTestCase):
         self.assertEqual(read_count(client, 4), octets("05 00 05 02"))
         loop = self.file(b"")
         for content in (b"--deny 'x", b"--linger 0", b"\xff", b"--deny a:", b"--no-such",
-                        b"@" + os.fsencode(loop)):
+                        b"alice:hunter2", b"@" + os.fsencode(loop)):
             with open(loop, "wb") as file:
                 file.write(content)
             with self.subTest(content=content):
                 status, err = self.run_to_end("socks5.py", "@" + loop, "0")
                 self.assertEqual((status, "socks5.py: error: " in err), (2, True), err)
+                self.assertNotIn("hunter2", err)
         self.assertEqual(self.run_to_end("socks5.py", "@" + HERE)[0], 2)
 
     def test_quiet(self):
@@ -2534,15 +2546,28 @@ class WorkersTest(CommandTestCase):
 
     def test_pause_grows_while_workers_die_at_once(self):
         service = socks5.Service(None, 1, 0, None)
-        for descriptor in (service.parent, service.writer):
+        for descriptor in service.pipe:
             self.addCleanup(os.close, descriptor)
         pauses = []
-        with mock.patch.object(service, "start_worker", lambda *args: pauses.append(args[1])), \
+        with mock.patch.object(service, "start_missing", lambda: pauses.append(service.pause)), \
                 mock.patch("os.waitpid", lambda process, options: (process, 9)):
-            for age in [0] * 7 + [60]:
-                service.workers = {1: (0, time.monotonic() - age)}
+            for age in [0] * 7 + [60, 0]:
+                service.workers = {process: (0, time.monotonic() - age) for process in (1, 2)}
                 service.replace_dead()
-        self.assertEqual(pauses, [0.2, 0.4, 0.8, 1.6, 3, 3, 3, 0.1])
+        self.assertEqual(pauses, [0.1, 0.2, 0.4, 0.8, 1.6, 3, 3, 0.1, 0.2])
+
+    def test_process_that_cannot_be_started(self):
+        service = socks5.Service(None, 2, 0, None)
+        for descriptor in service.pipe:
+            self.addCleanup(os.close, descriptor)
+        with mock.patch("os.fork", side_effect=[1, BlockingIOError(errno.EAGAIN, "full"), 2]), \
+                mock.patch("signal.alarm") as alarm, self.assertLogs("socks5") as logs:
+            service.start_missing()
+            self.assertEqual((list(service.workers), alarm.call_count), ([1], 1))
+            service.start_missing()
+        self.assertEqual([number for number, _ in service.workers.values()], [0, 1])
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ["no worker can be started: full"])
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "no choice of CPUs here")
     def test_each_worker_stays_on_one_cpu(self):
@@ -2659,6 +2684,38 @@ class SignalsTest(CommandTestCase):
     def write(self, path, content):
         with open(path, "wb") as file:
             file.write(content)
+
+    def test_reload_cannot_open_the_proxy(self):
+        options = self.file(b"-b 0.0.0.0 --client 127.0.0.0/8")
+        process = self.start("socks5.py", "@" + options, "0")
+        self.port(process)
+        self.write(options, b"")
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("on 0.0.0.0 everybody could use", self.wait_for(
+            process, "WARNING settings are as before", 1)[-1])
+
+    def test_child_that_is_not_ours(self):
+        for process, port, _ in self.each("--drain", str(2 * PATIENCE)):
+            client, target = self.open_tunnel(port)
+            process.terminate()
+            self.assertEqual(process.stdout.readline(), "Interrupted, ending.\n")
+            process.send_signal(signal.SIGCHLD)
+            process.send_signal(signal.SIGUSR1)
+            self.wait_for(process, "NOTICE totals", 1)
+            self.check_relays(client, target)
+            process.terminate()
+            process.wait(PATIENCE)
+
+    def test_signals_while_starting(self):
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            process = self.start("-c", (
+                "import os, socks5\n"
+                "def announce(line, real=socks5.announce):\n"
+                "    os.kill(os.getpid(), %d)\n"
+                "    real(line)\n"
+                "socks5.announce = announce\n"
+                "socks5.main(['0'])") % number)
+            self.open_tunnel(self.port(process))
 
     def test_reload_in_mid_traffic(self):
         options = self.file(b"")
@@ -3120,8 +3177,8 @@ class ReadmeTest(CommandTestCase):
 
     def test_wishes_are_options_that_exist(self):
         table = readme().partition("| wish | options |")[2].partition("\n\n")[0]
-        rows = re.findall(r"\| `(-.+?)` \|$", table, re.MULTILINE)
-        self.assertEqual(len(rows), 5)
+        rows = re.findall(r"`(-.+?)` \|$", table, re.MULTILINE)
+        self.assertEqual(len(rows), 6)
         for options in rows:
             args = socks5.make_parser().parse_args(options.replace(" FILE", " x").split())
             self.assertTrue([socks5.Rule.read(rule) for rule in args.rules] or args.clients)
