@@ -3292,6 +3292,63 @@ class ClientsTest(TestCase):
         thread.join(PATIENCE)
         self.assertEqual(banners, [b"SSH-2.0-"])
 
+    def socksify(self, script, server):
+        """What `script` prints in a folder whose socks.conf says to go through `server`."""
+        config = re.search(r"(?ms)^route .+?^END", readme()).group().replace(
+            "1080", str(server.server_address[1])).replace("END", "")
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "socks.conf"), "w") as file:
+                file.write(config)
+            return subprocess.check_output(
+                ["sh", "-c", script], cwd=folder, stderr=subprocess.DEVNULL, timeout=PATIENCE,
+                env=dict(os.environ, SOCKS_CONF="socks.conf", SOCKS_AUTOADD_LANROUTES="no"))
+
+    @unittest.skipUnless(shutil.which("socksify") and shutil.which("nc"), "no socksify or nc here")
+    def test_dns_query(self):
+        query = re.search(r"(?ms)^printf '.+?od .+?$", readme()).group()
+        with self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            sock.bind(("127.0.0.1", 0))
+
+            def answer():
+                octets_, client = sock.recvfrom(100)
+                sock.sendto(octets_ + bytes([192, 0, 2, 7]), client)
+
+            self.thread(answer)
+            said = self.socksify(query.replace(
+                "192.0.2.53 53", "127.0.0.1 %d" % sock.getsockname()[1]), self.serve())
+        self.assertEqual(said.split(), [b"192", b"0", b"2", b"7"])
+
+    def serve_file(self, listener):
+        """A server of active FTP: it connects to the client to deliver a file."""
+        sock = self.own(listener.accept()[0])
+        sock.sendall(b"220 hello\r\n")
+        answers = {b"USER": b"331", b"PASS": b"230", b"TYPE": b"200", b"EPRT": b"200",
+                   b"QUIT": b"221"}
+        commands = sock.makefile("rb")
+        self.addCleanup(commands.close)
+        for line in commands:
+            command, _, argument = line.strip().partition(b" ")
+            if command == b"EPRT":
+                _, _, host, port, _ = argument.decode().split("|")
+            if command == b"RETR":
+                sock.sendall(b"150 here it comes\r\n")
+                with socket.create_connection((host, int(port))) as data:
+                    data.sendall(b"content of " + argument)
+                sock.sendall(b"226 done\r\n")
+            else:
+                sock.sendall(answers.get(command, b"502") + b" so\r\n")
+
+    @unittest.skipUnless(shutil.which("socksify") and shutil.which("tnftp"),
+                         "no socksify or tnftp here")
+    def test_active_ftp(self):
+        listener = self.listen()
+        self.thread(self.serve_file, listener)
+        said = self.socksify(
+            "printf 'user a b\nbinary\nget one two\nquit\n' |"
+            " HOME=. socksify tnftp -A -n -P %d 127.0.0.1 >/dev/null; cat two"
+            % listener.getsockname()[1], self.serve())
+        self.assertEqual(said, b"content of one")
+
 
 if __name__ == "__main__":
     unittest.main()
