@@ -1000,7 +1000,7 @@ class Association:
             try:
                 while not self.end:
                     for key, _ in selector.select():
-                        with contextlib.suppress(OSError):  # a datagram that was not meant to be
+                        with contextlib.suppress(OSError):  # such as too long, with its header
                             key.data()
             finally:
                 self.end = self.end or "error"
@@ -1066,11 +1066,8 @@ class Association:
         address = Address.of(source)
         if address.host not in self.hosts:
             return
-        try:
-            self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
-            self.count("datagrams_down", down=len(octets))
-        except OSError:  # too long, with its header
-            self.count("dropped")
+        self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
+        self.count("datagrams_down", down=len(octets))
 
     def count(self, what: str, up: int = 0, down: int = 0) -> None:
         """Count a datagram and its octets."""
@@ -1711,16 +1708,13 @@ class Service:
     def run(self, greeting: str) -> None:
         """Announce `greeting` as soon as signals are obeyed, and serve until they end it."""
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # or it would be dropped
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
-        try:
-            announce(greeting)
-            if self.wanted == 1:
-                self.work(os.getpid())
-            else:
-                self.start_missing()
-                self.obey()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        announce(greeting)
+        if self.wanted == 1:
+            self.work(os.getpid())
+        else:
+            self.start_missing()
+            self.obey()
 
     def work(self, number: int) -> None:
         """Serve in this process, after `pause` seconds, on a CPU by `number`."""
@@ -2000,7 +1994,7 @@ def serve(args: argparse.Namespace, settings: Settings,
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command, in a process of its own; its exit status."""
     parser = make_parser()
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, WAITING_SIGNALS)  # until there is a server
