@@ -524,7 +524,7 @@ class Settings:
         self.connect_timeout, self.handshake_timeout = connect_timeout, handshake_timeout
         self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
         self.linger, self.bind_timeout, self.udp_timeout = linger, bind_timeout, udp_timeout
-        self.udp_ports = udp_ports
+        self.udp_ports = list(udp_ports)
         self.udp_advertise = udp_advertise and str(ipaddress.ip_address(udp_advertise))
 
 
@@ -557,7 +557,10 @@ def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
             answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.ENOMEM, "no thread for the resolver") from None
     thread.join(min(timeout, threading.TIMEOUT_MAX))
     answer = answers[0] if answers else socket.timeout("the resolver is too slow")
     if isinstance(answer, Exception):
@@ -942,17 +945,14 @@ LONGEST_DATAGRAM = 65535  # octets; UDP carries 65507
 LOOKUPS = 8               # names of an association that are looked up at the same time
 DESTINATIONS = 4096       # that an association remembers
 
-Route = Callable[[Address], Any]
-
 
 def open_outside() -> socket.socket:
     """A socket for datagrams to and from both families, or IPv4 where there is no other."""
     try:
         sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     except OSError:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    else:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind(("", 0))
     return sock
 
@@ -967,7 +967,7 @@ class Association:
     half_closed = False  # as a Relay can be
 
     def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
-                 client: Address, route: Route) -> None:
+                 client: Address, route: Callable[[Address], Any]) -> None:
         self.control, self.inside, self.outside = control, inside, outside
         self.client, self.route = client, route
         self.home: Any = None  # where the client's datagrams come from
@@ -990,7 +990,7 @@ class Association:
             self.carry(self.inside, self.take_up)
         finally:
             wait()
-        self.complete = True
+        self.complete = self.end != "error"
 
     def carry(self, sock: socket.socket, take: Callable[[], None]) -> None:
         """A thread's life: `take` each datagram of `sock`."""
@@ -1000,11 +1000,20 @@ class Association:
             try:
                 while not self.end:
                     for key, _ in selector.select():
-                        with contextlib.suppress(OSError):  # such as too long, with its header
-                            key.data()
+                        self.attempt(key.data)
             finally:
-                self.end = self.end or "error"
                 wake(self.control, socket.SHUT_RD)
+
+    def attempt(self, take: Callable[[], None]) -> None:
+        """`take` a datagram, and count it if it cannot be passed on; a bug ends all threads."""
+        try:
+            take()
+        except (OSError, ProtocolError, RequestError):
+            self.counts["dropped"] += 1
+        except Exception:
+            self.end = self.end or "error"
+            wake(self.control, socket.SHUT_RD)
+            raise
 
     def hear(self) -> None:
         """Notice the end of the control connection, which has nothing else to say."""
@@ -1014,8 +1023,9 @@ class Association:
                 self.end = self.end or "client-closed"
         except BlockingIOError:  # the other thread has read it
             pass
-        except OSError:
-            self.end = self.end or "client-reset"
+        except OSError as error:
+            lost = isinstance(error, TimeoutError)
+            self.end = self.end or ("client-lost" if lost else "client-reset")
 
     def take_up(self) -> None:
         """Pass on a datagram of the client. Names must not keep the next ones waiting."""
@@ -1023,57 +1033,54 @@ class Association:
         host, port = Address.of(source)
         if host != self.client.host or port != (self.client.port or port):
             return
+        datagram = Datagram.read(io.BytesIO(octets))
+        if datagram.fragment:
+            raise ProtocolError("fragment")
         self.home, self.client = source, Address(host, port)
-        try:
-            datagram = Datagram.read(io.BytesIO(octets))
-            if datagram.fragment:
-                raise ProtocolError("fragment")
-            if datagram.address in self.routes or not plain_name(datagram.address.host):
-                self.send(datagram)
-            elif self.lookups.acquire(blocking=False):
+        target = self.routes.get(datagram.address)
+        if target or not plain_name(datagram.address.host):
+            self.send(datagram, target)
+        elif self.lookups.acquire(blocking=False):
+            try:
                 self.threads.start("socks5 look-up", lambda: self.send_to_name(datagram))
-            else:
-                self.count("dropped")
-        except (ProtocolError, RequestError):
-            self.count("dropped")
+            except RuntimeError:
+                self.lookups.release()
+                raise ProtocolError("no thread") from None
+        else:
+            raise ProtocolError("too many look-ups")
 
     def send_to_name(self, datagram: Datagram) -> None:
         """Send `datagram` in a thread that may wait for the resolver."""
         try:
-            self.send(datagram)
+            self.attempt(lambda: self.send(datagram, None))
         finally:
             self.lookups.release()
 
-    def send(self, datagram: Datagram) -> None:
-        """Send `datagram`, if it may go there."""
-        if len(self.routes) >= DESTINATIONS:
-            self.routes.clear()
-            self.hosts.clear()
-        try:
-            target = self.routes.get(datagram.address) or self.route(datagram.address)
-            self.routes[datagram.address] = target
-            self.hosts.add(Address.of(target).host)  # first: the answer may be quick
+    def send(self, datagram: Datagram, target: Any) -> None:
+        """Send `datagram` to `target`; if that is None, to where it may go."""
+        if not target:
+            target = self.route(datagram.address)
+            if self.outside.family == socket.AF_INET and ":" in target[0]:
+                raise RequestError(Reply.NETWORK_UNREACHABLE)
             if self.outside.family == socket.AF_INET6 and ":" not in target[0]:
                 target = "::ffff:" + target[0], target[1]
-            self.outside.sendto(datagram.data, target)
-            self.count("datagrams_up", up=len(datagram.data))
-        except (OSError, RequestError):
-            self.count("dropped")
+            if len(self.routes) >= DESTINATIONS:
+                self.routes.clear()
+                self.hosts.clear()
+            self.routes[datagram.address] = target
+        self.hosts.add(Address.of(target).host)  # first: the answer may be quick
+        self.outside.sendto(datagram.data, target)
+        self.counts["datagrams_up"] += 1
+        self.counts["up"] += len(datagram.data)
 
     def take_down(self) -> None:
         """Pass on what comes from a host to which the client has sent."""
         octets, source = self.outside.recvfrom(LONGEST_DATAGRAM)
         address = Address.of(source)
-        if address.host not in self.hosts:
-            return
-        self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
-        self.count("datagrams_down", down=len(octets))
-
-    def count(self, what: str, up: int = 0, down: int = 0) -> None:
-        """Count a datagram and its octets."""
-        self.counts[what] += 1
-        self.counts["up"] += up
-        self.counts["down"] += down
+        if address.host in self.hosts:
+            self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
+            self.counts["datagrams_down"] += 1
+            self.counts["down"] += len(octets)
 
     def stop(self) -> None:
         """Have both threads leave: the handler's hang_up() wakes them."""
@@ -1090,7 +1097,6 @@ LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
 BACKLOG = 8            # connections that wait for BIND to look at them
 EARLY_LIMIT = 65536    # octets of a client to keep while BIND waits
 REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
-NOTHING = {"up": 0, "down": 0}
 
 
 class Socks5RequestHandler(socketserver.StreamRequestHandler):
@@ -1150,7 +1156,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         return dict(
             self.fields,
             reply=self.reply.name if self.reply is not None else "",
-            **(self.relay.counts if self.relay else NOTHING),
+            **(self.relay.counts if self.relay else {"up": 0, "down": 0}),
             seconds="%.3f" % (time.monotonic() - self.started))
 
     def negotiate(self) -> None:
@@ -1234,16 +1240,19 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def do_BIND(self, destination: Address) -> None:
         """Wait for `destination` to connect, and relay (section 4). There are two replies."""
         self.enter("bind", NEVER)  # as above
-        deadline = time.monotonic() + self.settings.bind_timeout
-        hosts = self.hosts_of(destination)
+        now = time.monotonic()
+        hosts = None  # any that the rules allow
+        if destination.host not in ("0.0.0.0", "::"):
+            addresses = self.permitted(destination, now + self.settings.connect_timeout)
+            hosts = {Address.of(address[1]).host for address in addresses}
         listener = self.open_here(socket.SOCK_STREAM, [0])
         listener.listen(BACKLOG)
         listener.setblocking(False)
-        self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
-        target, peer = self.accept(listener, hosts, deadline)
+        with contextlib.suppress(OSError):  # accept() notices that the client has left
+            self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
+        target, peer = self.accept(listener, hosts, now + self.settings.bind_timeout)
         with self.server.lock:
-            self.sockets.discard(listener)
-        listener.close()
+            listener.close()
         self.exchange(target, Address.of(peer))
 
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
@@ -1262,7 +1271,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         tune(target)
         with contextlib.suppress(OSError):  # it may be gone already
             self.fields["reached"] = Address.of(target.getpeername())
-        self.run_relay(Relay(self.connection, target, self.read_first), bound)
+        self.run_relay(Relay(self.connection, target,
+                             lambda size: self.early or self.rfile.read1(size)), bound)
 
     def run_relay(self, relay: Any, bound: Address) -> None:
         """Answer that the request has succeeded, and relay until the end."""
@@ -1283,9 +1293,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
         """The addresses of `destination` that the rules allow; RequestError if none is left."""
-        name, passed = plain_name(destination.host), []
-        denied, may_pass = self.foresee(name, destination.port)
-        if may_pass:  # or else the resolver need not know of it
+        user, name = str(self.fields["user"]), plain_name(destination.host)
+        rules = [rule for rule in self.rules if rule.matches(user, name, None, destination.port)]
+        denied = next(rule for rule in rules if rule.network is None)  # if no address decides
+        passed = []
+        if any(rule.allows for rule in rules[:rules.index(denied) + 1]):  # or no need to look up
             for address in resolve(destination, deadline):
                 rule = self.rule_for(name, address)
                 if rule.allows:
@@ -1297,28 +1309,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             raise RequestError(Reply.NOT_ALLOWED)
         return passed
 
-    def foresee(self, name: bytes, port: int) -> Tuple[Rule, bool]:
-        """The rule that decides on `name` if those for addresses do not, and if any may allow."""
-        user, may_pass = str(self.fields["user"]), False
-        for rule in self.rules:
-            if rule.matches(user, name, None, port):
-                may_pass = may_pass or rule.allows
-                if rule.network is None:
-                    break
-        return rule, may_pass
-
     def route(self, destination: Address) -> Tuple[Any, ...]:
         """Where datagrams for `destination` go; RequestError or OSError if nowhere."""
         self.check(destination)
         deadline = time.monotonic() + self.settings.connect_timeout
         return self.permitted(destination, deadline)[0][1]
-
-    def hosts_of(self, destination: Address) -> Optional[Set[str]]:
-        """The hosts that may connect to a BIND for `destination`; None if it names none."""
-        if destination.host in ("0.0.0.0", "::"):
-            return None
-        deadline = time.monotonic() + self.settings.connect_timeout
-        return {Address.of(address[1]).host for address in self.permitted(destination, deadline)}
 
     def open_here(self, kind: int, ports: Iterable[int]) -> socket.socket:
         """A socket bound where the client has reached us, to one of `ports`."""
@@ -1342,20 +1337,31 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             selector.register(listener, selectors.EVENT_READ)
             selector.register(self.connection, selectors.EVENT_READ)
             while time.monotonic() < deadline:
-                wait = min(LONG_WAIT, deadline - time.monotonic())
-                for key, _ in selector.select(wait):
+                for key, _ in selector.select(min(LONG_WAIT, deadline - time.monotonic())):
                     if key.fileobj is listener:
-                        with contextlib.suppress(BlockingIOError):  # the peer is gone already
-                            target, peer = listener.accept()
-                            if self.may_enter(hosts, peer):
-                                self.adopt(target)
-                                return target, peer
-                            target.close()
+                        accepted = self.accept_one(listener, hosts)
+                        if accepted:
+                            return accepted
                     elif len(self.early) < EARLY_LIMIT:
                         self.read_early()
                     else:
                         selector.unregister(self.connection)
         raise socket.timeout("nobody has connected")
+
+    def accept_one(self, listener: socket.socket,
+                   hosts: Optional[Set[str]]) -> Optional[Tuple[socket.socket, Any]]:
+        """The connection that waits, and from where; None if it is gone or not wanted."""
+        try:
+            target, peer = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        wanted = (Address.of(peer).host in hosts if hosts is not None
+                  else self.rule_for(b"", (socket.AF_UNSPEC, peer)).allows)
+        if not wanted:
+            target.close()
+            return None
+        self.adopt(target)
+        return target, peer
 
     def read_early(self) -> None:
         """Keep for the relay what the client says before there is one; OSError if it has left."""
@@ -1366,16 +1372,6 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.conclude("client-left")
             raise ConnectionResetError
         self.early += octets
-
-    def read_first(self, size: int) -> bytes:
-        """What the client has sent before the relay began, or what it sends then."""
-        return self.early or self.rfile.read1(size)
-
-    def may_enter(self, hosts: Optional[Set[str]], peer: Any) -> bool:
-        """Whether a BIND that waits for `hosts` takes a connection from `peer`."""
-        if hosts is not None:
-            return Address.of(peer).host in hosts
-        return self.rule_for(b"", (socket.AF_UNSPEC, peer)).allows
 
     def rule_for(self, name: bytes, address: SocketAddress) -> Rule:
         """The rule that decides on `name`, which is at `address`."""
@@ -1826,9 +1822,7 @@ class Service:
 
 # ---- command line ------------------------------------------------------------------------
 
-SETTINGS = [  # that are named alike in `Settings` and among the options
-    "rules", "clients", "max_sessions", "max_per_client", "connect_timeout", "handshake_timeout",
-    "idle_timeout", "linger", "bind_timeout", "udp_timeout", "udp_ports", "udp_advertise"]
+SETTINGS = list(Settings.__init__.__kwdefaults__ or ())  # the options are named alike
 STACK_SIZE = 256 * 1024  # octets, for each thread
 SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes as often
 
@@ -1957,8 +1951,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(
             "on %s everybody could use this proxy: name your users with --users FILE, or your "
             "clients with --client NETWORK, or say --open if that is what you want" % args.bind)
-    settings = Settings(users=users, commands=args.commands.split(","), **{
-        name: getattr(args, name) for name in SETTINGS})
+    named_alike = {name: getattr(args, name) for name in SETTINGS}
+    settings = Settings(**dict(named_alike, users=users, commands=args.commands.split(",")))
     for rule in settings.rules:
         if rule.user and rule.user not in (users or {}):
             raise ValueError("%r: there is no such user" % rule.text)

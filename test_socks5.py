@@ -1439,6 +1439,7 @@ class AssociationTest(LoggedTestCase):
         _, client = self.associate(self.serve())
         relay = client.getpeername()
         stranger.sendto(self.to(target, b"before"), relay)
+        self.datagrams().sendto(b"no datagram of SOCKS", relay)
         source = self.check(client, target)
         stranger.sendto(self.to(target, b"after"), relay)
         self.datagrams().sendto(self.to(target, b"another port"), relay)
@@ -1612,6 +1613,71 @@ class AssociationTest(LoggedTestCase):
         lines = self.log_of(converse, handler=Broken)
         self.assertIn("end=error", lines[0])
         self.assertIn("error=KeyError", lines[1])
+
+    def test_hook_that_raises_in_a_look_up(self):
+        class Broken(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                raise KeyError
+
+        def converse(server):
+            control, client = self.associate(server)
+            client.send(octets("00 00 00 03 01 78 00 35"))
+            self.assertEqual(read_all(control), (b"", "reset"))
+
+        lines = sorted(self.log_of(converse, handler=Broken))
+        self.assertIn("end=error", lines[0])
+        self.assertIn("error=KeyError", lines[1])
+
+    def test_no_thread_for_a_look_up(self):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        server, target = self.serve(), self.datagrams()
+        _, client = self.associate(server)
+        self.check(client, target)  # the association has its own threads by now
+        relay = list(server.sessions)[0].relay
+        for count in range(1, 2 * socks5.LOOKUPS):
+            with mock.patch("threading.Thread.start", refuse):
+                client.send(octets("00 00 00 03 01 78 00 35"))
+                self.wait_until(lambda: relay.counts["dropped"] == count)  # noqa: B023
+        self.check(client, target)
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_ipv6_destination_without_ipv6(self):
+        target = self.datagrams()
+
+        def ipv4_only():
+            return self.datagrams("0.0.0.0")
+
+        with mock.patch.object(socks5, "open_outside", ipv4_only):
+            server = self.serve()
+            _, client = self.associate(server)
+        with resolver(("::1", 53, 0, 0)):
+            relay = list(server.sessions)[0].relay
+            for count in (1, 2):
+                client.send(octets("00 00 00 03 01 78 00 35"))
+                self.wait_until(lambda: relay.counts["dropped"] == count)  # noqa: B023
+        self.check(client, target)
+
+    def test_known_names_stay_known(self):
+        target, asked = self.datagrams(), []
+        port = struct.pack(">H", target.getsockname()[1])
+        real = socket.getaddrinfo
+
+        def getaddrinfo(name, *args, **kwargs):
+            if not isinstance(name, str):
+                asked.append(name)
+                name = "127.0.0.1"
+            return real(name, *args, **kwargs)
+
+        with mock.patch.object(socks5, "DESTINATIONS", 2), \
+                mock.patch("socket.getaddrinfo", getaddrinfo):
+            _, client = self.associate(self.serve())
+            self.check(client, target)
+            for _ in range(3):
+                client.send(octets("00 00 00 03 01 78") + port + b"x")
+                self.assertEqual(target.recv(100), b"x")
+        self.assertEqual(asked, [b"x"])
 
     def test_only_so_many_destinations_are_remembered(self):
         with mock.patch.object(socks5, "DESTINATIONS", 2):
@@ -3204,6 +3270,11 @@ class ReadmeTest(CommandTestCase):
         for options in rows:
             args = socks5.make_parser().parse_args(options.replace(" FILE", " x").split())
             self.assertTrue([socks5.Rule.read(rule) for rule in args.rules] or args.clients)
+
+    def test_file_of_options(self):
+        content = re.search(r"(?ms)^# python3 socks5.py @.+?^```", readme()).group()[:-3]
+        args = socks5.make_parser().parse_args(["@" + self.file(content.encode())])
+        self.assertEqual((args.bind, args.rules), ("0.0.0.0", ["deny *:25"]))
 
     def test_fail2ban_filter(self):
         (pattern,) = re.findall(r"^failregex = (.+)$", readme(), re.MULTILINE)
