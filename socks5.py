@@ -52,6 +52,7 @@ import collections
 import contextlib
 import enum
 import errno
+import functools
 import hmac
 import io
 import ipaddress
@@ -350,10 +351,16 @@ def encode_name(host: str) -> bytes:
     return name
 
 
+@functools.lru_cache(maxsize=1024)  # some are asked for again and again
+def parse_ip(host: str) -> Any:
+    """`host` as an IP address; ValueError if it is none."""
+    return ipaddress.ip_address(host)
+
+
 def is_loopback(host: str) -> bool:
     """Whether nobody but this host can reach `host`, an IP literal or a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return bool(parse_ip(host).is_loopback)
     except ValueError:
         return host == "localhost"
 
@@ -437,7 +444,7 @@ def read_host(host: str) -> Tuple[Any, bytes]:
 def plain_name(host: str) -> bytes:
     """The name `host` as rules see it, b"" if it is an IP literal; RequestError if neither."""
     try:
-        ipaddress.ip_address(host)
+        parse_ip(host)
         return b""
     except ValueError:
         return encode_name(host).lower().rstrip(b".")
@@ -1116,7 +1123,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.idle_timeout = self.settings.idle_timeout
         self.progress: Tuple[int, ...] = ()
         self.reply: Optional[Reply] = None
-        self.hung_up = threading.Event()
+        self.hung_up = False
         self.end = ""
         self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
             ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
@@ -1182,7 +1189,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.log_message(logging.WARNING, "login failed",
                              {"client": self.fields["client"], "user": user})
             self.enter("refusal", LOGIN_PAUSE + REFUSAL_TIMEOUT)
-            self.hung_up.wait(LOGIN_PAUSE)  # so that guessing takes its time
+            self.server.closing.wait(LOGIN_PAUSE)  # so that guessing takes its time
             raise ProtocolError("login-failed", bytes([LOGIN_VERSION, 1]))
         self.fields["user"] = user
         self.send(bytes([LOGIN_VERSION, 0]))
@@ -1293,21 +1300,31 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
         """The addresses of `destination` that the rules allow; RequestError if none is left."""
-        user, name = str(self.fields["user"]), plain_name(destination.host)
-        rules = [rule for rule in self.rules if rule.matches(user, name, None, destination.port)]
-        denied = next(rule for rule in rules if rule.network is None)  # if no address decides
+        name = plain_name(destination.host)
+        denied = self.foresee(name, destination.port) if name else None
         passed = []
-        if any(rule.allows for rule in rules[:rules.index(denied) + 1]):  # or no need to look up
+        if not denied:
             for address in resolve(destination, deadline):
                 rule = self.rule_for(name, address)
                 if rule.allows:
                     passed.append(address)
                 else:
                     denied = rule
-        if not passed:
+        if denied and not passed:
             self.fields["rule"] = denied.text
             raise RequestError(Reply.NOT_ALLOWED)
         return passed
+
+    def foresee(self, name: bytes, port: int) -> Optional[Rule]:
+        """The rule that denies `name` whatever its addresses are: nobody need look it up."""
+        user = str(self.fields["user"])
+        for rule in self.rules:
+            if rule.matches(user, name, None, port):
+                if rule.allows:
+                    return None
+                if rule.network is None:
+                    return rule
+        return None
 
     def route(self, destination: Address) -> Tuple[Any, ...]:
         """Where datagrams for `destination` go; RequestError or OSError if nowhere."""
@@ -1376,7 +1393,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def rule_for(self, name: bytes, address: SocketAddress) -> Rule:
         """The rule that decides on `name`, which is at `address`."""
         user, (host, port) = str(self.fields["user"]), Address.of(address[1])
-        ip = ipaddress.ip_address(host)
+        ip = parse_ip(host)
         return next(rule for rule in self.rules if rule.matches(user, name, ip, port))
 
     def send(self, octets: bytes) -> None:
@@ -1399,7 +1416,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.write(answer)
             self.connection.shutdown(socket.SHUT_WR)
-            while not self.hung_up.is_set() and self.connection.recv(SMALL_BUFFER):
+            while not self.hung_up and self.connection.recv(SMALL_BUFFER):
                 pass
 
     def adopt(self, sock: socket.socket) -> None:
@@ -1419,7 +1436,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def check_deadline(self, now: float) -> None:
         """Hang up if the phase has lasted too long; a relay's progress begins it anew."""
-        if self.relay and not self.hung_up.is_set() and self.relay.progress() != self.progress:
+        if self.relay and not self.hung_up and self.relay.progress() != self.progress:
             self.progress = self.relay.progress()
             if self.relay.half_closed:
                 self.enter("linger", self.settings.linger)
@@ -1434,7 +1451,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         Called again while they do not: it may have come just before they began to wait.
         """
         self.conclude(end)
-        self.hung_up.set()
+        self.hung_up = True
         if self.relay:  # first, or it would take the shutdown() for an end to pass on
             self.relay.stop()
         for sock in self.sockets:
@@ -1504,7 +1521,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.room = session_limit()
         self.next_sweep = 0.0
         self.next_warning: Dict[str, float] = {}  # by what they say
-        self.closed = False
+        self.closed = False  # to clients
+        self.closing = threading.Event()
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
@@ -1539,7 +1557,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to serve a client: who it is, and how many there are; if not, say why."""
         client, settings = Address.of(client_address), self.settings
-        ip = ipaddress.ip_address(client.host)
+        ip = parse_ip(client.host)
         if settings.clients and not any(ip in network for network in settings.clients):
             log.warning("client refused client=%s", client)
         elif len(self.guests) >= settings.max_sessions:
@@ -1613,6 +1631,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def server_close(self) -> None:
         """Stop listening, end the sessions, and wait until their threads have left."""
         self.closed = True
+        self.closing.set()
         super().server_close()
         self.cache.close()
         while any(thread.is_alive() for thread in list(self.cache.threads)):

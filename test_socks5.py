@@ -2086,7 +2086,7 @@ class ServerTest(LoggedTestCase):
 
             def wait_for_hang_up(self):
                 self.phase = "here"
-                while not self.hung_up.is_set():
+                while not self.hung_up:
                     time.sleep(0.001)
 
         class AfterAdopt(BeforeAdopt):
