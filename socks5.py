@@ -532,6 +532,8 @@ class Settings:
         self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
         self.linger, self.bind_timeout, self.udp_timeout = linger, bind_timeout, udp_timeout
         self.udp_ports = list(udp_ports)
+        if "%" in (udp_advertise or ""):
+            raise ValueError("%s: a zone means nothing to others" % udp_advertise)
         self.udp_advertise = udp_advertise and str(ipaddress.ip_address(udp_advertise))
 
 

@@ -1605,28 +1605,15 @@ class AssociationTest(LoggedTestCase):
             def authorize(self, destination):
                 raise KeyError
 
-        def converse(server):
-            control, client = self.associate(server)
-            client.send(self.to(client, b""))
-            self.assertEqual(read_all(control), (b"", "reset"))
+        for name in ("01 7f 00 00 01 00 35", "03 01 78 00 35"):  # here, and in a look-up
+            def converse(server, name=name):
+                control, client = self.associate(server)
+                client.send(octets("00 00 00" + name))
+                self.assertEqual(read_all(control), (b"", "reset"))
 
-        lines = self.log_of(converse, handler=Broken)
-        self.assertIn("end=error", lines[0])
-        self.assertIn("error=KeyError", lines[1])
-
-    def test_hook_that_raises_in_a_look_up(self):
-        class Broken(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                raise KeyError
-
-        def converse(server):
-            control, client = self.associate(server)
-            client.send(octets("00 00 00 03 01 78 00 35"))
-            self.assertEqual(read_all(control), (b"", "reset"))
-
-        lines = sorted(self.log_of(converse, handler=Broken))
-        self.assertIn("end=error", lines[0])
-        self.assertIn("error=KeyError", lines[1])
+            lines = sorted(self.log_of(converse, handler=Broken))
+            self.assertIn("end=error", lines[0])
+            self.assertIn("error=KeyError", lines[1])
 
     def test_no_thread_for_a_look_up(self):
         def refuse(thread):
@@ -1694,8 +1681,10 @@ class AssociationTest(LoggedTestCase):
                 client = self.client(server)
                 client.sendall(octets(GREET + "05 0%d 00 01 7f 00 00 01 00 50" % command))
                 self.assertEqual(read_count(client, 4), octets("05 00 05 0" + reply))
-        with self.assertRaises(ValueError):
-            socks5.Settings(commands=["CONNECT"])
+        for bad in ({"commands": ["CONNECT"]}, {"udp_advertise": "fe80::1%lo"},
+                    {"udp_advertise": "localhost"}):
+            with self.assertRaises(ValueError):
+                socks5.Settings(**bad)
 
 
 class BindTest(LoggedTestCase):
