@@ -365,6 +365,39 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def plain_name(host: str) -> bytes:
+    """The name `host` as rules see it, b"" if it is an IP literal; RequestError if neither."""
+    try:
+        parse_ip(host)
+        return b""
+    except ValueError:
+        return encode_name(host).lower().rstrip(b".")
+
+
+def read_network(text: str) -> Any:
+    """An address or a network; ValueError if it is neither, or IPv4 in the disguise of IPv6."""
+    network = ipaddress.ip_network(text)
+    if getattr(network.network_address, "ipv4_mapped", None):
+        raise ValueError("%s: IPv4 has to be written as such" % text)
+    return network
+
+
+def read_host(host: str) -> Tuple[Any, bytes]:
+    """What a rule has for a host: a network, or None and a name; ValueError if it is neither."""
+    if host == "*":
+        return None, b""
+    last = host.rstrip(".").rpartition(".")[2]
+    if set(host) & set(":/") or last.isdigit() or last[:2] in ("0x", "0X"):
+        return read_network(host), b""
+    try:
+        name = plain_name(host[2:] if host.startswith("*.") else host)
+    except RequestError:
+        name = b""
+    if not name or b"*" in name:
+        raise ValueError("no address, network, name, or *.name")
+    return None, (b"." if host.startswith("*.") else b"") + name
+
+
 # A destination's rule is the first that matches. Where none does, it is allowed, or denied if
 # there is a rule that allows. Judged is what will be dialed: each address that the resolver
 # gave, together with the name that it was asked for.
@@ -415,39 +448,6 @@ class Rule(NamedTuple):
             return ip is None or ip in self.network
         return self.name in (b"", name) or (
             self.name.startswith(b".") and (b"." + name).endswith(self.name))
-
-
-def read_network(text: str) -> Any:
-    """An address or a network; ValueError if it is neither, or IPv4 in the disguise of IPv6."""
-    network = ipaddress.ip_network(text)
-    if getattr(network.network_address, "ipv4_mapped", None):
-        raise ValueError("%s: IPv4 has to be written as such" % text)
-    return network
-
-
-def read_host(host: str) -> Tuple[Any, bytes]:
-    """What a rule has for a host: a network, or None and a name; ValueError if it is neither."""
-    if host == "*":
-        return None, b""
-    last = host.rstrip(".").rpartition(".")[2]
-    if set(host) & set(":/") or last.isdigit() or last[:2] in ("0x", "0X"):
-        return read_network(host), b""
-    try:
-        name = plain_name(host[2:] if host.startswith("*.") else host)
-    except RequestError:
-        name = b""
-    if not name or b"*" in name:
-        raise ValueError("no address, network, name, or *.name")
-    return None, (b"." if host.startswith("*.") else b"") + name
-
-
-def plain_name(host: str) -> bytes:
-    """The name `host` as rules see it, b"" if it is an IP literal; RequestError if neither."""
-    try:
-        parse_ip(host)
-        return b""
-    except ValueError:
-        return encode_name(host).lower().rstrip(b".")
 
 
 def built_in(*networks: str) -> List[Rule]:
@@ -1697,6 +1697,14 @@ def sweep_until_orphaned(server: Socks5Server, parent: int) -> None:
         time.sleep(SWEEP_INTERVAL)
 
 
+def announce(line: str) -> None:
+    """Print `line`. A full disk or a closed pipe is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError:  # nor to fail at exit, when what was not written would be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Service:
     """A server that obeys signals, in this process, or in workers that this one keeps up.
 
@@ -1885,18 +1893,8 @@ def worker_count(text: str) -> int:
     return len(usable_cpus()) if text == "auto" else int(amount(text))
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(
-        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
-        epilog="@FILE stands for the options in FILE, one a line; # begins a comment.",
-        fromfile_prefix_chars="@", allow_abbrev=False)
-    add = parser.add_argument
-    add("port", nargs="?", type=number(int, 0, 65535), default=1080,
-        help="port to serve on, 0 for any that is free (default: %(default)s)")
-    add("--version", action="version", version="socks5.py " + __version__)
-    add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
-        help="address to serve on, 0.0.0.0 for all of IPv4, :: for all (default: %(default)s)")
+def add_permissions(add: Callable[..., Any]) -> None:
+    """Who may come, where they may go, and how many."""
     add("--users", metavar="FILE",
         help="serve the users in FILE only, which has a line name:password for each")
     add("--client", metavar="NETWORK", dest="clients", action="append", default=[],
@@ -1912,6 +1910,10 @@ def make_parser() -> Parser:
         "(default: what there are descriptors for, and who comes then waits)")
     add("--max-per-client", metavar="N", type=amount,
         help="the same, for each client's address (default: any number)")
+
+
+def add_times(add: Callable[..., Any]) -> None:
+    """How long things may take."""
     add("--connect-timeout", metavar="S", type=seconds, default=10.0,
         help="seconds to find and reach a target (default: %(default)g)")
     add("--handshake-timeout", metavar="S", type=seconds, default=10.0,
@@ -1924,14 +1926,30 @@ def make_parser() -> Parser:
         help="seconds for BIND to wait for a connection (default: %(default)g)")
     add("--udp-timeout", metavar="S", type=seconds, default=300.0,
         help="seconds without datagrams that end an association (default: %(default)g)")
+    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
+        help="seconds for which sessions may go on after a signal to stop (default: %(default)g)")
+
+
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
+        epilog="@FILE stands for the options in FILE, one a line; # begins a comment.",
+        fromfile_prefix_chars="@", allow_abbrev=False)
+    add = parser.add_argument
+    add("port", nargs="?", type=number(int, 0, 65535), default=1080,
+        help="port to serve on, 0 for any that is free (default: %(default)s)")
+    add("--version", action="version", version="socks5.py " + __version__)
+    add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
+        help="address to serve on, 0.0.0.0 for all of IPv4, :: for all (default: %(default)s)")
+    add_permissions(add)
+    add_times(add)
     add("--udp-ports", metavar="FIRST-LAST", type=port_range, default=(0,),
         help="ports for the clients' datagrams (default: any that is free)")
     add("--udp-advertise", metavar="ADDRESS",
         help="address to which clients are to send datagrams (default: where they connected)")
     add("--commands", metavar="LIST", default=",".join(COMMANDS),
         help="commands to serve (default: %(default)s)")
-    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
-        help="seconds for which sessions may go on after a signal to stop (default: %(default)g)")
     add("--workers", metavar="N", type=worker_count, default=1,
         help="processes to serve with, auto for one on each CPU (default: %(default)s)")
     volume = parser.add_mutually_exclusive_group()
@@ -1948,14 +1966,6 @@ def raise_descriptor_limit() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with contextlib.suppress(OSError, ValueError):  # macOS promises more than it grants
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def announce(line: str) -> None:
-    """Print `line`. A full disk or a closed pipe is no reason not to serve."""
-    try:
-        print(line, flush=True)
-    except OSError:  # nor to fail at exit, when what was not written would be tried again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
