@@ -3141,7 +3141,7 @@ class FloodTest(CommandTestCase):
 
     def flood(self, log):
         """Connect the silent clients, and see them served, passed over, and hung up on."""
-        process = self.start("socks5.py", "0", stderr=log)
+        process = self.start("socks5.py", "--handshake-timeout", "6", "0", stderr=log)
         address, port = ("127.0.0.1", self.port(process)), self.echo()
         flood = []
         while len(flood) < self.silent:
