@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A SOCKS5 proxy server in one file, with nothing but the standard library.
+"""A SOCKS5 proxy server in one file that needs nothing but Python's standard library.
 
 Run it:
 
-    python3 socks5.py                          # 127.0.0.1:1080, for this host only
-    python3 socks5.py -b :: --users FILE       # every address, for those in FILE
-    python3 socks5.py --allow '*:443'          # to port 443 and nowhere else
+    python3 socks5.py                          # listen on 127.0.0.1:1080, for this host only
+    python3 socks5.py -b :: --users FILE       # listen everywhere, for the users in FILE
+    python3 socks5.py --allow '*:443'          # allow port 443 and nothing else
 
-Embed it, and override what you want to decide yourself:
+Embed it, and override a hook:
 
     class OnlyWeb(socks5.Socks5RequestHandler):
         def authorize(self, destination):
@@ -25,26 +25,47 @@ The conversation:
                                           <-          VER STATUS
     VER CMD RSV ATYP DST.ADDR DST.PORT    ->          RFC 1928 section 4
                                           <-          VER REP RSV ATYP BND.ADDR BND.PORT
-    octets                               <->  octets
+    bytes                                <->  bytes
 
-What fails before the request ends the session. What fails then is answered by exactly one
-reply. After "succeeded" there are only the target's octets, its end (the other direction
-goes on) or its reset (passed on as a reset, so that nothing cut short looks whole).
+An error before the request closes the connection. After the request, the client gets exactly
+one reply. After the reply "succeeded", it gets the target's bytes and then the target's end:
+a close is passed on as a close, and a reset as a reset. Sections are those of RFC 1928 unless
+another RFC is named.
 
-Hooks of `Socks5RequestHandler`:
+The rooms of this file. Each one uses only the rooms above it:
 
-    select_method(offered)             the method to use, of those that the client offers
-    authenticate(username, password)   whether these octets are a user's
-    authorize(destination)             whether the client may go there
-    connect(destination)               a connected socket, where the rules allow one; a chain
-                                       of proxies begins here
-    do_CONNECT(destination)            a command; so are do_BIND and do_UDP_ASSOCIATE
-    log_message(level, event, fields)  where the log goes
+    vocabulary    the numbers of the RFCs, and the values of end= in the log
+    failures      exceptions, and the reply for each
+    frames        what is read and sent during the handshake
+    rules         who may go where; users; Settings
+    threads       threads that are used again
+    dialing       a name to addresses, and addresses to one connected socket
+    relaying      bytes between two sockets, in two threads
+    associations  datagrams, for UDP ASSOCIATE
+    handler       one conversation, from the first byte to the line in the log
+    server        accepting, limits, deadlines, closing
+    service       signals and worker processes
+    command line  options and main()
 
-Who may connect at all is for the server's ``verify_request`` to say, as in any ``socketserver``.
+Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. A
+session passes through the phases handshake, connect (or bind), and then idle and linger (or
+udp); a refused one through refusal. Each phase has a time limit, which the server checks twice
+a second. Threads shut sockets down to wake each other, and only owners close them: a session's
+sockets are closed in `Socks5RequestHandler.finish`, and nowhere else once it owns them.
 
-Not here: GSSAPI, SOCKS4, encryption. SOCKS5 is clear text, passwords included: carry it
-inside ssh or a VPN wherever others can listen. Sections are RFC 1928's unless one says more.
+Hooks of `Socks5RequestHandler` to override:
+
+    select_method(offered)             choose one of the authentication methods offered
+    authenticate(username, password)   check a login
+    authorize(destination)             allow or refuse a destination
+    connect(destination)               return a connected socket; chain proxies here
+    do_CONNECT(destination)            carry out a command; also do_BIND, do_UDP_ASSOCIATE
+    log_message(level, event, fields)  write the log
+
+To choose who may connect, override the server's ``verify_request``, as in any ``socketserver``.
+
+Not supported: GSSAPI, SOCKS4, encryption. SOCKS5 is clear text, passwords included: where others
+can listen, carry it inside ssh or a VPN.
 """
 
 import argparse
@@ -52,7 +73,6 @@ import collections
 import contextlib
 import enum
 import errno
-import functools
 import hmac
 import io
 import ipaddress
@@ -61,6 +81,7 @@ import logging
 import os
 import queue
 import re
+import select
 import selectors
 import shlex
 import signal
@@ -71,31 +92,32 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 if sys.platform != "win32":
     import fcntl
+    import pwd
     import resource
-    import termios
 
 __all__ = ["Address", "AddressType", "Command", "Method", "ProtocolError", "Reply", "Request",
            "RequestError", "Settings", "Socks5RequestHandler", "Socks5Server", "load_users", "main"]
-__version__ = "0.1"
+__version__ = "0.2"
 
 log = logging.getLogger("socks5")
-TaskQueue = getattr(queue, "SimpleQueue", queue.Queue)  # 3.7 has the simple one
-AttemptSelector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # no descriptor
+TaskQueue: Any = getattr(queue, "SimpleQueue", queue.Queue)  # 3.6 has only the latter
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # needs no descriptor
 NEVER = float("inf")  # as a number of seconds, or as a moment
 
 
 # ---- vocabulary --------------------------------------------------------------------------
 
-VERSION = 5        # of the protocol
-LOGIN_VERSION = 1  # of the exchange of username and password (RFC 1929)
+VERSION = 5        # of SOCKS
+LOGIN_VERSION = 1  # of the username/password exchange (RFC 1929)
 
 
 class Method(enum.IntEnum):
-    """Ways for a client to say who it is (section 3)."""
+    """Authentication methods (section 3)."""
     NO_AUTHENTICATION_REQUIRED = 0x00
     GSSAPI = 0x01
     USERNAME_PASSWORD = 0x02
@@ -103,7 +125,7 @@ class Method(enum.IntEnum):
 
 
 class Command(enum.IntEnum):
-    """What a client may ask for (section 4)."""
+    """Commands of a request (section 4)."""
     CONNECT = 0x01
     BIND = 0x02
     UDP_ASSOCIATE = 0x03
@@ -114,14 +136,14 @@ COMMANDS = {"connect": Command.CONNECT, "udp": Command.UDP_ASSOCIATE, "bind": Co
 
 
 class AddressType(enum.IntEnum):
-    """How an address is written (section 5)."""
+    """Forms of an address in a frame (section 5)."""
     IPV4 = 0x01
     DOMAIN_NAME = 0x03
     IPV6 = 0x04
 
 
 class Reply(enum.IntEnum):
-    """What came of a request (section 6); `phrase` is how the RFC puts it."""
+    """Replies to a request (section 6), each with the RFC's `phrase` for it."""
     phrase: str
 
     def __new__(cls, value: int, phrase: str) -> "Reply":
@@ -140,10 +162,38 @@ class Reply(enum.IntEnum):
     ADDRESS_TYPE_NOT_SUPPORTED = 0x08, "Address type not supported"
 
 
-# ---- failures: they travel up to the handler, which turns them into octets ---------------
+ENDS = {  # each value that end= can have in the log
+    "client-closed": "both sides closed, the client first",
+    "target-closed": "both sides closed, the target first",
+    "client-reset": "the client reset its connection, and the target's was reset",
+    "target-reset": "the target reset its connection, and the client's was reset",
+    "client-lost": "the client has vanished: it answers no keep-alive probes",
+    "target-lost": "the target has vanished: it answers no keep-alive probes",
+    "client-left": "the client closed before its request was complete, or while BIND waited",
+    "not-socks5": "the client speaks another protocol",
+    "not-proxy": "a balancer in --proxy-from sent no valid PROXY header",
+    "rejected": "the balancer's client is not in --client, or a limit is reached",
+    "no-acceptable-method": "the client offers no authentication method that is allowed here",
+    "login-failed": "wrong username or password",
+    "refused": "the request was refused: see reply",
+    "no-thread": "the system gave no thread for the relay",
+    "handshake-timeout": "--handshake-timeout passed before the request was complete",
+    "refusal-timeout": "the refused client did not close its connection in time",
+    "idle-timeout": "--idle-timeout passed without data in either direction",
+    "linger-timeout": "one side closed, and then --linger passed without data",
+    "udp-timeout": "--udp-timeout passed without datagrams",
+    "server-closed": "the server was stopped",
+    "error": "a bug: another line names it, and -v shows where",
+}
+
+
+# ---- failures: they travel up to the handler, which turns them into bytes ----------------
 
 class ProtocolError(Exception):
-    """The client cannot be served, for this reason: send it `answer`, if any, and hang up."""
+    """The client does not follow the protocol: send `answer`, if there is one, and hang up.
+
+    `reason` is the value of end= in the log.
+    """
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         super().__init__(reason)
@@ -151,7 +201,7 @@ class ProtocolError(Exception):
 
 
 class RequestError(Exception):
-    """A request failed in a way that has a reply of its own."""
+    """The request fails with `reply`."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.phrase)
@@ -159,20 +209,20 @@ class RequestError(Exception):
 
 
 REPLIES = {
-    errno.EACCES: Reply.NOT_ALLOWED,  # a packet filter of this host refuses
+    errno.EACCES: Reply.NOT_ALLOWED,  # by a packet filter of this host
     errno.EPERM: Reply.NOT_ALLOWED,
     errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
     errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
     errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
-    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the nearest there is; Tor and Dante chose it too
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the closest code; also used by Tor and Dante
 }
 
 
 def reply_for(error: Exception) -> Reply:
-    """The reply that tells a client about `error` (section 6)."""
+    """Return the reply that tells a client about `error` (section 6)."""
     if isinstance(error, RequestError):
         return error.reply
-    if isinstance(error, socket.gaierror):  # its errno belongs to another series of numbers
+    if isinstance(error, socket.gaierror):  # its errno is not one of `errno`
         return Reply.HOST_UNREACHABLE
     if isinstance(error, socket.timeout):  # it has no errno
         return Reply.TTL_EXPIRED
@@ -182,23 +232,23 @@ def reply_for(error: Exception) -> Reply:
 # ---- frames: each is drawn as the RFC draws it -------------------------------------------
 
 def read_exactly(stream: Any, count: int) -> bytes:
-    """`count` octets, however they arrive; ProtocolError if the stream ends or breaks before."""
+    """Return `count` bytes. Raises ProtocolError if the stream ends or breaks before."""
     try:
-        octets: bytes = stream.read(count)
+        data: bytes = stream.read(count)
     except OSError:
-        octets = b""
-    if len(octets) < count:
+        data = b""
+    if len(data) < count:
         raise ProtocolError("client-left")
-    return octets
+    return data
 
 
 def read_counted(stream: Any) -> bytes:
-    """The octets that follow an octet with their number."""
+    """Return the bytes that follow a byte with their number."""
     return read_exactly(stream, read_exactly(stream, 1)[0])
 
 
 def read_version(stream: Any, version: int) -> None:
-    """VER, which is read alone: another protocol's client may never send a second octet."""
+    """Read VER alone: a client of another protocol may never send a second byte."""
     if read_exactly(stream, 1)[0] != version:
         raise ProtocolError("not-socks5")
 
@@ -209,7 +259,7 @@ def read_version(stream: Any, version: int) -> None:
 # | 1  |    1     | 1 to 255 |     | 1  |   1    |
 # +----+----------+----------+     +----+--------+
 def read_methods(stream: Any) -> bytes:
-    """The methods that the client offers, an octet each."""
+    """Return the methods that the client offers, one byte each."""
     read_version(stream, VERSION)
     return read_counted(stream)
 
@@ -220,16 +270,19 @@ def read_methods(stream: Any) -> bytes:
 # | 1  |  1   | 1 to 255 |  1   | 1 to 255 |     | 1  |   1    |
 # +----+------+----------+------+----------+     +----+--------+
 def read_credentials(stream: Any) -> Tuple[bytes, bytes]:
-    """User name and password, as octets."""
+    """Return the username and the password."""
     read_version(stream, LOGIN_VERSION)
     return read_counted(stream), read_counted(stream)
+
+
+UNIX = "unix:"  # begins the host of a client that has connected to a path; its user follows
 
 
 class Address(NamedTuple):
     """`host`, an IP literal or a name, and `port`.
 
-    A name is whatever the client sent, octets that are no UTF-8 as surrogates; `resolve`
-    judges it.
+    A name is what the client sent, with surrogates for bytes that are not UTF-8. `parse_host`
+    decides whether it can be a name.
     """
     host: str
     port: int
@@ -241,38 +294,47 @@ class Address(NamedTuple):
     # +------+----------+------+
     @classmethod
     def read(cls, stream: Any) -> "Address":
-        """From a frame; RequestError for an unknown address type, whose length is unknown."""
+        """Read from a frame. Raises RequestError if the address type is unknown."""
         kind = read_exactly(stream, 1)[0]
-        if kind == AddressType.IPV4:
-            host = socket.inet_ntop(socket.AF_INET, read_exactly(stream, 4))
-        elif kind == AddressType.IPV6:
-            host = socket.inet_ntop(socket.AF_INET6, read_exactly(stream, 16))
-        elif kind == AddressType.DOMAIN_NAME:
-            host = read_counted(stream).decode("utf-8", "surrogateescape")
+        if kind == 0x01:
+            data = read_exactly(stream, 6)
+            host = socket.inet_ntop(socket.AF_INET, data[:4])
+        elif kind == 0x04:
+            data = read_exactly(stream, 18)
+            host = socket.inet_ntop(socket.AF_INET6, data[:16])
+        elif kind == 0x03:
+            data = read_exactly(stream, read_exactly(stream, 1)[0] + 2)
+            host = data[:-2].decode("utf-8", "surrogateescape")
         else:
             raise RequestError(Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-        return cls(host, int.from_bytes(read_exactly(stream, 2), "big"))
+        return cls(host, data[-2] << 8 | data[-1])
 
     def pack(self) -> bytes:
-        """For a frame; OSError for a name, which nothing that we send contains."""
+        """Return the bytes for a frame. `host` must be an IP literal: OSError otherwise."""
         if ":" in self.host:
-            head = bytes([AddressType.IPV6]) + socket.inet_pton(socket.AF_INET6, self.host)
-        else:
-            head = bytes([AddressType.IPV4]) + socket.inet_pton(socket.AF_INET, self.host)
-        return head + self.port.to_bytes(2, "big")
+            return b"\x04%b%b" % (socket.inet_pton(socket.AF_INET6, self.host),
+                                  self.port.to_bytes(2, "big"))
+        return b"\x01%b%b" % (socket.inet_pton(socket.AF_INET, self.host),
+                              self.port.to_bytes(2, "big"))
 
     @classmethod
     def of(cls, sockaddr: Any) -> "Address":
-        """From what ``getsockname`` gives; IPv4 mapped into IPv6 as the IPv4 that it is."""
-        if not isinstance(sockaddr, tuple):  # a hook's socket can be of any family
+        """Return the address in what ``getsockname`` returns.
+
+        IPv4 mapped into IPv6 becomes IPv4. Families without ports become 0.0.0.0 port 0.
+        """
+        if not isinstance(sockaddr, tuple):
             return UNSPECIFIED
         host, port = sockaddr[:2]
         if ":" in host:
-            ip = ipaddress.IPv6Address(host.partition("%")[0])
-            host = str(ip.ipv4_mapped or ip)
+            host = host.partition("%")[0]
+            if host.startswith("::ffff:") and "." in host:
+                host = host[len("::ffff:"):]
         return cls(host, port)
 
     def __str__(self) -> str:
+        if self.host.startswith(UNIX):
+            return self.host
         return ("[%s]:%d" if ":" in self.host else "%s:%d") % self[:2]
 
 
@@ -285,20 +347,21 @@ UNSPECIFIED = Address("0.0.0.0", 0)
 # | 1  |  1  | X'00' |  1   | Variable |    2     |
 # +----+-----+-------+------+----------+----------+
 class Request(NamedTuple):
-    """What the client wants. `command` may be a number that `Command` does not have."""
+    """A command and its destination. `command` may be a number that `Command` lacks."""
     command: int
     destination: Address
 
     @classmethod
     def read(cls, stream: Any) -> "Request":
-        """From a frame, all of it before any of it is judged."""
-        read_version(stream, VERSION)
-        command, _reserved = read_exactly(stream, 2)
+        """Read a whole frame, before any of it but the version is judged."""
+        version, command, _reserved = read_exactly(stream, 3)
+        if version != VERSION:
+            raise ProtocolError("not-socks5")
         return cls(command, Address.read(stream))
 
     @property
     def command_name(self) -> str:
-        """The command's name, or the number of one that has none."""
+        """The name of the command, or its number if it has none."""
         return COMMAND_NAMES.get(self.command) or str(self.command)
 
 
@@ -308,8 +371,8 @@ class Request(NamedTuple):
 # | 1  |  1  | X'00' |  1   | Variable |    2     |
 # +----+-----+-------+------+----------+----------+
 def pack_reply(reply: Reply, bound: Address) -> bytes:
-    """What came of the request, and the server's address towards the target."""
-    return bytes([VERSION, reply, 0]) + bound.pack()
+    """Return a reply; `bound` is the server's address as the target sees it."""
+    return b"\x05%c\x00%b" % (reply, bound.pack())
 
 
 # +----+------+------+----------+----------+----------+
@@ -318,277 +381,544 @@ def pack_reply(reply: Reply, bound: Address) -> bytes:
 # | 2  |  1   |  1   | Variable |    2     | Variable |
 # +----+------+------+----------+----------+----------+
 class Datagram(NamedTuple):
-    """What a client sends to `address`, or what came from there. `fragment` is 0 if it is whole."""
+    """`data` that a client sends to `address`, or that came from there.
+
+    `fragment` is 0 for a datagram that stands alone.
+    """
     fragment: int
     address: Address
     data: bytes
 
     @classmethod
     def read(cls, stream: Any) -> "Datagram":
-        """From a frame, which ends with the stream."""
+        """Read a frame, which ends with the stream."""
         fragment = read_exactly(stream, 3)[2]
         return cls(fragment, Address.read(stream), stream.read())
 
     def pack(self) -> bytes:
-        """For a frame."""
-        return bytes([0, 0, self.fragment]) + self.address.pack() + self.data
+        """Return the bytes of the frame."""
+        return b"\0\0%c%b%b" % (self.fragment, self.address.pack(), self.data)
 
 
-# ---- rules: who may come in, where they may go, and for how long -------------------------
+# "PROXY TCP4 192.0.2.1 198.51.100.1 40400 1080\r\n"       version 1 of HAProxy's PROXY protocol
+#
+# +-----------+-----+-----+-----+-------+-------+-------+-------+------+
+# | SIGNATURE | VER | FAM | LEN |  SRC  |  DST  | SPORT | DPORT | TLVs |     version 2; LEN is
+# |           | CMD |     |     |       |       |       |       |      |     that of what follows
+# +-----------+-----+-----+-----+-------+-------+-------+-------+------+
+# |    12     |  1  |  1  |  2  | 4, 16 | 4, 16 |   2   |   2   | Var. |
+# +-----------+-----+-----+-----+-------+-------+-------+-------+------+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+LONGEST_LINE = 107     # bytes of a header of version 1
+LONGEST_HEADER = 4096  # bytes behind LEN
+PROXY_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}
+
+
+def read_proxy_header(stream: Any) -> Optional[Address]:
+    """Return the address of a balancer's client, None if it has none (a health check).
+
+    Raises ProtocolError if the header is not valid.
+    """
+    first = read_exactly(stream, 1)
+    try:
+        if first == b"P":
+            return parse_proxy_line(first + stream.readline(LONGEST_LINE - 1))
+        if first == SIGNATURE[:1]:
+            return read_proxy_block(stream)
+    except (OSError, ValueError):  # a connection, a number or an address that is broken
+        pass
+    raise ProtocolError("not-proxy")
+
+
+def parse_proxy_line(line: bytes) -> Optional[Address]:
+    """Return the address in a header of version 1. Raises ValueError or OSError."""
+    words = line.decode("ascii").split(" ")
+    if words[0] != "PROXY" or not words[-1].endswith("\r\n"):
+        raise ValueError
+    if words[1].strip() == "UNKNOWN":
+        return None
+    family = {"TCP4": socket.AF_INET, "TCP6": socket.AF_INET6}.get(words[1])
+    if family is None or len(words) != 6 or not 0 <= int(words[4]) <= 65535:
+        raise ValueError
+    return Address(socket.inet_ntop(family, socket.inet_pton(family, words[2])), int(words[4]))
+
+
+def read_proxy_block(stream: Any) -> Optional[Address]:
+    """Return the address in a header of version 2. Raises ValueError or OSError."""
+    head = read_exactly(stream, len(SIGNATURE) + 3)
+    length = int.from_bytes(head[-2:], "big")
+    if head[:-4] != SIGNATURE[1:] or head[-4] not in (0x20, 0x21) or length > LONGEST_HEADER:
+        raise ValueError
+    body = read_exactly(stream, length)
+    if head[-4] == 0x20 or head[-3] not in PROXY_FAMILIES:  # LOCAL, or nothing that we know
+        return None
+    family, size = PROXY_FAMILIES[head[-3]]
+    if length < 2 * size + 4:
+        raise ValueError
+    return Address(socket.inet_ntop(family, body[:size]),
+                   int.from_bytes(body[2 * size:2 * size + 2], "big"))
+
+
+# ---- rules: who may connect, where they may go, and for how long -------------------------
+#
+# The first rule that matches a destination decides. Rules apply to each resolved address,
+# together with the requested name. For a rule, an address is a number: those of IPv4 follow
+# those of IPv6. So a network is a range of numbers, and IPv4 that is mapped into IPv6 is IPv4.
+
+IPV4 = 1 << 128  # the number of 0.0.0.0
+MAPPED = bytes(10) + b"\xff\xff"  # how IPv4 begins that is mapped into IPv6
+
+
+def ip_number(host: str) -> Optional[int]:
+    """Return the number of an IP literal, None for anything else."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    except (OSError, ValueError):  # ValueError for a NUL and for surrogates
+        return None
+    if len(packed) == 4 or packed.startswith(MAPPED):
+        return IPV4 + int.from_bytes(packed[-4:], "big")
+    return int.from_bytes(packed, "big")
+
 
 def encode_name(host: str) -> bytes:
-    """The octets to ask the resolver for; RequestError if `host` cannot be a host's name.
+    """Return the name `host` for the resolver, in lower case. Raises RequestError if it is none.
 
-    The check is ours because CPython up to 3.11 cuts a string at its NUL: for the resolver
-    ``localhost\\0.example`` was localhost, for a rule about names it is not.
+    CPython up to 3.11 cuts a string at its NUL: the resolver would take ``localhost\\0.example``
+    for localhost, and a rule would not.
     """
     try:
-        name = host.encode("idna")
-    except UnicodeError:  # an empty or long label, or octets that are no text
+        name = host.encode("idna").lower()
+    except UnicodeError:  # an empty or long label, or bytes that are not text
         name = b""
-    if not name or not all(0x21 <= octet <= 0x7E for octet in name):
+    if not name or not all(0x21 <= byte <= 0x7E for byte in name):
         raise RequestError(Reply.HOST_UNREACHABLE)
     return name
 
 
-@functools.lru_cache(maxsize=1024)  # some are asked for again and again
-def parse_ip(host: str) -> Any:
-    """`host` as an IP address; ValueError if it is none."""
-    return ipaddress.ip_address(host)
+def parse_host(host: str) -> Tuple[Optional[int], bytes]:
+    """Return the number of an IP literal and b"", or None and the name for the resolver.
+
+    Raises RequestError if `host` is neither.
+    """
+    ip = ip_number(host)
+    return (None, encode_name(host)) if ip is None else (ip, b"")
+
+
+def parse_network(text: str) -> range:
+    """Return the addresses of an IP address or a CIDR network. Raises ValueError."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("%s: not an address or a network" % text) from None
+    if "/" in text and str(network.network_address) != str(ipaddress.ip_address(
+            text.partition("/")[0])):
+        raise ValueError("%s: did you mean %s?" % (text, network))
+    first = int(network.network_address)
+    if network.version == 4:
+        first += IPV4
+    elif network.network_address.ipv4_mapped:
+        raise ValueError("%s: write IPv4 addresses as IPv4" % text)
+    return range(first, first + network.num_addresses)
+
+
+LOOPBACK_IPV4, LOOPBACK_IPV6 = parse_network("127.0.0.0/8"), parse_network("::1")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this host can reach `host`, an IP literal or a name."""
-    try:
-        return bool(parse_ip(host).is_loopback)
-    except ValueError:
-        return host == "localhost"
+    """Return True if only this host can reach `host`: an IP literal, a name, or UNIX."""
+    ip = ip_number(host)
+    if ip is None:
+        return host == "localhost" or host.startswith(UNIX)
+    return ip in LOOPBACK_IPV4 or ip in LOOPBACK_IPV6
 
 
-def plain_name(host: str) -> bytes:
-    """The name `host` as rules see it, b"" if it is an IP literal; RequestError if neither."""
-    try:
-        parse_ip(host)
-        return b""
-    except ValueError:
-        return encode_name(host).lower().rstrip(b".")
+def parse_rule_host(host: str) -> Tuple[Optional[range], bytes]:
+    """Return the addresses or the name that a rule is for. Raises ValueError.
 
-
-def read_network(text: str) -> Any:
-    """An address or a network; ValueError if it is neither, or IPv4 in the disguise of IPv6."""
-    network = ipaddress.ip_network(text)
-    if getattr(network.network_address, "ipv4_mapped", None):
-        raise ValueError("%s: IPv4 has to be written as such" % text)
-    return network
-
-
-def read_host(host: str) -> Tuple[Any, bytes]:
-    """What a rule has for a host: a network, or None and a name; ValueError if it is neither."""
+    (None, b"") is any host. A name that begins with a dot stands for its subdomains, too.
+    """
     if host == "*":
         return None, b""
     last = host.rstrip(".").rpartition(".")[2]
     if set(host) & set(":/") or last.isdigit() or last[:2] in ("0x", "0X"):
-        return read_network(host), b""
+        return parse_network(host), b""
+    is_suffix = host.startswith("*.")
     try:
-        name = plain_name(host[2:] if host.startswith("*.") else host)
+        name = encode_name(host[2:] if is_suffix else host).rstrip(b".")
     except RequestError:
         name = b""
     if not name or b"*" in name:
-        raise ValueError("no address, network, name, or *.name")
-    return None, (b"." if host.startswith("*.") else b"") + name
+        raise ValueError("%s: not an address, a network, a name or *.name" % host)
+    return None, b"." + name if is_suffix else name
 
-
-# A destination's rule is the first that matches. Where none does, it is allowed, or denied if
-# there is a rule that allows. Judged is what will be dialed: each address that the resolver
-# gave, together with the name that it was asked for.
 
 RULE = re.compile(
     r"(?P<verb>allow|deny) (?:(?P<user>.+)@)?"
     r"(?:\[(?P<bracketed>[^][@]+)\]|(?P<host>[^][@:]+|[^][@:]*:[^][@]*:[^][@]*))"
-    r"(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?")
+    r"(?::(?:\*|(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?))?")
 
 
 class Rule(NamedTuple):
-    """Allow or deny `user`, "" for anybody, to go to `ports` of a network, or of a name.
+    """Allow or deny `user` (or everybody: "") to go to `ports` of `hosts` or of `name`.
 
-    `name` is b"" for any, and begins with a dot if it is a suffix.
+    `hosts` is None in a rule for a name. A `name` of b"" is any name, and one that begins with
+    a dot stands for its subdomains, too.
     """
     text: str  # for the log
     allows: bool
     user: str
-    network: Any
+    hosts: Optional[range]
     name: bytes
     ports: range
 
     @classmethod
-    def read(cls, text: str) -> "Rule":
-        """From ``allow [USER@]HOST[:PORT[-PORT]]``, or ``deny``; ValueError says what is wrong."""
+    def parse(cls, text: str) -> "Rule":
+        """Parse ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny ...``. Raises ValueError."""
         match = RULE.fullmatch(text)
         if not match:
-            raise ValueError("%r is not allow or deny, and [USER@]HOST[:PORT[-PORT]]" % text)
+            raise ValueError("%r: a rule is [USER@]HOST[:PORT[-PORT]]" % text)
         first = int(match.group("first") or 0)
         last = int(match.group("last") or match.group("first") or 65535)
         if not first <= last <= 65535:
-            raise ValueError("%r: no ports of 0 to 65535" % text)
+            raise ValueError("%r: ports are 0 to 65535" % text)
         try:
-            network, name = read_host(match.group("bracketed") or match.group("host"))
+            hosts, name = parse_rule_host(match.group("bracketed") or match.group("host"))
         except ValueError as error:
             raise ValueError("%r: %s" % (text, error)) from None
         return cls(text.replace(" ", ":", 1), match.group("verb") == "allow",
-                   match.group("user") or "", network, name, range(first, last + 1))
+                   match.group("user") or "", hosts, name, range(first, last + 1))
 
-    def matches(self, user: str, name: bytes, ip: Any, port: int) -> bool:
-        """Whether it is for `user`, who asked for `name` (b"" for a literal), which is at `ip`.
+    def matches(self, user: str, name: bytes, ip: Optional[int], port: int) -> bool:
+        """Return True if the rule is for `user`, who asked for `name`, which is at `ip`.
 
-        While that is not known, None, whether it could be.
+        `name` is b"" if the request had an IP literal. If `ip` is None (not resolved yet),
+        return True if the rule might match.
         """
         if self.user not in ("", user) or port not in self.ports:
             return False
-        if self.network is not None:
-            return ip is None or ip in self.network
+        if self.hosts is not None:
+            return ip is None or ip in self.hosts
         return self.name in (b"", name) or (
             self.name.startswith(b".") and (b"." + name).endswith(self.name))
 
 
 def built_in(*networks: str) -> List[Rule]:
-    """Rules that deny `networks`, and say that nobody wrote them."""
-    return [Rule.read("deny " + network)._replace(text="built-in:" + network)
+    """Return rules that deny `networks`, and say in the log that nobody wrote them."""
+    return [Rule.parse("deny " + network)._replace(text="built-in:" + network)
             for network in networks]
 
 
-LINK_LOCAL = built_in("169.254.0.0/16", "fe80::/10")  # a cloud's metadata is there
-OWN_HOST = built_in("127.0.0.0/8", "::1", "0.0.0.0", "::")  # the last two reach it as well
-ALLOW_REST = [Rule.read("allow *")._replace(text="default")]
-DENY_REST = [Rule.read("deny *")._replace(text="default")]
+LINK_LOCAL = built_in("169.254.0.0/16", "fe80::/10")  # a cloud's metadata service is there
+OWN_HOST = built_in("127.0.0.0/8", "::1", "0.0.0.0", "::")  # the last two are loopback, too
+ALLOW_OTHERS = Rule.parse("allow *")._replace(text="default")
+DENY_OTHERS = Rule.parse("deny *")._replace(text="default")
 
 
-def complete(rules: List[Rule], client: str) -> List[Rule]:
-    """`rules`, and those that follow them for a client at this address: the last matches all."""
-    own_host = [] if is_loopback(client) else OWN_HOST
-    rest = DENY_REST if any(rule.allows for rule in rules) else ALLOW_REST
-    return rules + LINK_LOCAL + own_host + rest
+def deciding_rule(rules: List[Rule], user: str, name: bytes, ip: Optional[int],
+                  port: int) -> Rule:
+    """Return the first rule that matches; the last one is for all other destinations.
+
+    If `ip` is None (not resolved yet), return the first rule that might allow, or that denies
+    whatever the address is: then nobody needs to ask the resolver.
+    """
+    name = name.rstrip(b".")
+    for rule in rules:
+        if rule.matches(user, name, ip, port) and (
+                ip is not None or rule.allows or rule.hosts is None):
+            return rule
+    return rules[-1]
+
+
+def check_credential(what: str, text: str) -> bytes:
+    """Return `text` as bytes. Raises ValueError if RFC 1929 cannot carry it, without quoting it."""
+    data = text.encode()
+    if not 1 <= len(data) <= 255:
+        raise ValueError(what + ": not 1 to 255 bytes")
+    return data
 
 
 def load_users(path: str) -> Dict[str, str]:
-    """Passwords by name, from a UTF-8 file that has a line ``name:password`` for each user.
+    """Return passwords by name, from a UTF-8 file with a line ``name:password`` for each user.
 
-    Blank lines and those that begin with ``#`` are skipped. Raises OSError, or ValueError
-    that names the file and the line, but never quotes it.
+    Blank lines and lines that begin with ``#`` are skipped. Raises OSError, or ValueError that
+    names the file and the line but does not quote it.
     """
     users: Dict[str, str] = {}
     with open(path, "rb") as lines:
-        for number, octets in enumerate(lines, 1):
-            where = "%s, line %d: " % (path, number)
+        for number, line in enumerate(lines, 1):
             try:
-                line = octets.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise ValueError(where + "not UTF-8") from None
-            if not line.strip() or line.startswith("#"):
-                continue
-            name, _, password = line.partition(":")
-            if not all(1 <= len(text.encode()) <= 255 for text in (name, password)):
-                raise ValueError(where + "not name:password, with 1 to 255 octets each")
-            if name in users:
-                raise ValueError(where + "a name that stands above already")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if not text.strip() or text.startswith("#"):
+                    continue
+                name, _, password = text.partition(":")
+                check_credential("username", name)
+                check_credential("password", password)
+                if name in users:
+                    raise ValueError("this user has a line above")
+            except ValueError as error:
+                what = "not UTF-8" if isinstance(error, UnicodeError) else error
+                raise ValueError("%s, line %d: %s" % (path, number, what)) from None
             users[name] = password
     if not users:
-        raise ValueError("%s: no users in it" % path)
+        raise ValueError("%s: there are no users in it" % path)
     return users
 
 
+def check_seconds(name: str, value: float) -> float:
+    """Return `value`. Raises TypeError if it is not a number, ValueError if it is not positive."""
+    if not isinstance(value, (int, float)):
+        raise TypeError("%s: not a number: %r" % (name, value))
+    if not value > 0:
+        raise ValueError("%s: not positive: %r" % (name, value))
+    return value
+
+
+def check_limit(name: str, value: Optional[int]) -> int:
+    """Return `value`, a very large number for None. Raises TypeError or ValueError."""
+    if not isinstance(value, (int, type(None))):
+        raise TypeError("%s: not a whole number: %r" % (name, value))
+    return sys.maxsize if value is None else int(check_seconds(name, value))
+
+
+def check_ip(name: str, value: Optional[str]) -> Optional[str]:
+    """Return `value`. Raises ValueError if it is neither None nor an IP address."""
+    if value is not None and ip_number(value) is None:
+        raise ValueError("%s: not an IP address: %s" % (name, value))
+    return value
+
+
+def command_number(name: str) -> int:
+    """Return the number of a command, given its name in COMMANDS. Raises ValueError."""
+    if name not in COMMANDS:
+        raise ValueError("commands: %r is not one of %s" % (name, ", ".join(COMMANDS)))
+    return int(COMMANDS[name])
+
+
 class Settings:
-    """What a server takes for its sessions to come; ValueError if it makes no sense.
+    """Settings for new sessions. Raises ValueError or TypeError if one is invalid.
 
-    `users`: passwords by name; None serves everybody. `rules`: where they may go, each as
-    ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny …``. `clients`: networks to serve; none serves
-    all. `commands`: those to serve. `max_sessions`, `max_per_client`: how many at a time.
+    `users`: passwords by name; None for no login. `rules`: where clients may go, each
+    ``allow [USER@]HOST[:PORT[-PORT]]`` or ``deny ...``. `clients`: networks whose clients are
+    accepted; none for all. `proxy_from`: networks of balancers, whose connections begin with a
+    PROXY header. `commands`: the commands to serve. `max_sessions`, `max_per_client`,
+    `max_per_user`: how many at a time, of all clients and of each one; None for no limit.
 
-    In seconds: `connect_timeout` to find and reach a target, `handshake_timeout` for a client
-    to say what it wants, `idle_timeout` without progress (None: for ever), `linger`, the same
-    once a side has closed, `bind_timeout` for a peer to connect, and `udp_timeout` without
-    datagrams. A client's datagrams are to come to one of `udp_ports`, at `udp_advertise` if
-    clients know this host by an address that is not its own.
+    Seconds: `connect_timeout` to resolve and reach a target, `handshake_timeout` from accepting
+    a client to its complete request, `idle_timeout` without data in either direction (None for
+    no limit), `linger` without data once one side has closed, `bind_timeout` for BIND to wait
+    for a connection, `udp_timeout` without datagrams.
+
+    `udp_ports`: ports to which clients send datagrams; 0 for any free one. `udp_advertise`: the
+    address to which they send them, if it is not the one where they connected. `source`: the
+    address from which targets are dialed and datagrams are sent.
     """
 
     def __init__(self, *, users: Optional[Mapping[str, str]] = None, rules: Iterable[str] = (),
                  clients: Iterable[str] = (), commands: Iterable[str] = tuple(COMMANDS),
-                 max_sessions: Optional[int] = None, max_per_client: Optional[int] = None,
+                 proxy_from: Iterable[str] = (), max_sessions: Optional[int] = None,
+                 max_per_client: Optional[int] = None, max_per_user: Optional[int] = None,
                  connect_timeout: float = 10.0, handshake_timeout: float = 10.0,
                  idle_timeout: Optional[float] = None, linger: float = 60.0,
                  bind_timeout: float = 60.0, udp_timeout: float = 300.0,
-                 udp_ports: Iterable[int] = (0,), udp_advertise: Optional[str] = None) -> None:
-        self.users = None if users is None else {
-            name.encode(): password.encode() for name, password in users.items()}
-        self.rules = [Rule.read(rule) for rule in rules]
-        self.clients = [read_network(client) for client in clients]
-        self.disabled = set(COMMANDS.values())
-        for command in commands:
-            if command not in COMMANDS:
-                raise ValueError("%r is none of %s" % (command, ", ".join(COMMANDS)))
-            self.disabled.discard(COMMANDS[command])
-        self.max_sessions = sys.maxsize if max_sessions is None else max_sessions
-        self.max_per_client = sys.maxsize if max_per_client is None else max_per_client
-        self.connect_timeout, self.handshake_timeout = connect_timeout, handshake_timeout
-        self.idle_timeout = NEVER if idle_timeout is None else idle_timeout
-        self.linger, self.bind_timeout, self.udp_timeout = linger, bind_timeout, udp_timeout
+                 udp_ports: Iterable[int] = (0,), udp_advertise: Optional[str] = None,
+                 source: Optional[str] = None) -> None:
+        self.connect_timeout = check_seconds("connect_timeout", connect_timeout)
+        self.handshake_timeout = check_seconds("handshake_timeout", handshake_timeout)
+        self.idle_timeout = NEVER if idle_timeout is None else check_seconds(
+            "idle_timeout", idle_timeout)
+        self.linger = check_seconds("linger", linger)
+        self.bind_timeout = check_seconds("bind_timeout", bind_timeout)
+        self.udp_timeout = check_seconds("udp_timeout", udp_timeout)
+        self.max_sessions = check_limit("max_sessions", max_sessions)
+        self.max_per_client = check_limit("max_per_client", max_per_client)
+        self.max_per_user = check_limit("max_per_user", max_per_user)
+        self.users = self.check_users(users)
+        self.rules = [Rule.parse(rule) for rule in rules]
+        self.clients = [parse_network(client) for client in clients]
+        self.proxy_from = [parse_network(balancer) for balancer in proxy_from]
+        self.commands = {command_number(command) for command in commands}
         self.udp_ports = list(udp_ports)
-        if "%" in (udp_advertise or ""):
-            raise ValueError("%s: a zone means nothing to others" % udp_advertise)
-        self.udp_advertise = udp_advertise and str(ipaddress.ip_address(udp_advertise))
+        self.udp_advertise = check_ip("udp_advertise", udp_advertise)
+        self.source = check_ip("source", source)
+        others = DENY_OTHERS if any(rule.allows for rule in self.rules) else ALLOW_OTHERS
+        self.rules_for_local = self.rules + LINK_LOCAL + [others]
+        self.rules_for_remote = self.rules + LINK_LOCAL + OWN_HOST + [others]
+
+    @staticmethod
+    def check_users(users: Optional[Mapping[str, str]]) -> Optional[Dict[bytes, bytes]]:
+        """Return the users as bytes."""
+        if users is None:
+            return None
+        if not users:
+            raise ValueError("users: there are none; None is for no login")
+        return {check_credential("users: username", name):
+                check_credential("users: password of %s" % ascii(name), password)
+                for name, password in users.items()}
+
+    def is_balancer(self, client_address: Any) -> bool:
+        """Return True if connections from `client_address` begin with a PROXY header."""
+        if not self.proxy_from:
+            return False
+        ip = ip_number(Address.of(client_address).host)
+        return any(ip in network for network in self.proxy_from)
+
+    def rules_for(self, client: str) -> List[Rule]:
+        """Return all rules for a client at this address, the built-in ones included."""
+        return self.rules_for_local if is_loopback(client) else self.rules_for_remote
+
+
+# ---- threads: used again for the next job ------------------------------------------------
+
+IDLE_TIME = 10.0  # seconds for which a thread waits for another job
+
+
+class NoThreadError(OSError):
+    """The system gives no thread."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EAGAIN, "no thread available")
+
+
+def start_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
+    """Call `function` in a new thread. Raises NoThreadError."""
+    thread = threading.Thread(target=function, args=args, name="socks5", daemon=True)
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError):
+        raise NoThreadError from None
+    return thread
+
+
+class ThreadCache:
+    """Threads that wait a while for another job when they have done one.
+
+    Starting a thread costs more than the rest of a short session. The thread that became idle
+    last is used first, so surplus threads time out.
+    """
+
+    def __init__(self) -> None:
+        self.idle: List[Any] = []  # queues, one for each thread that waits for a job
+        self.threads: Set[threading.Thread] = set()
+        self.closed = False
+
+    def start(self, function: Callable[..., None], *args: Any) -> None:
+        """Call `function` in a thread. Raises NoThreadError."""
+        try:
+            self.idle.pop().put((function, args))
+        except IndexError:
+            jobs = TaskQueue()
+            jobs.put((function, args))  # as an argument, it would live as long as the thread
+            start_thread(self.work, jobs)
+
+    def work(self, jobs: Any) -> None:
+        """Do the jobs in the queue `jobs` until none comes."""
+        self.threads.add(threading.current_thread())
+        job = jobs.get()
+        while job:
+            function, args = job
+            try:
+                function(*args)
+            except Exception as error:
+                log.error("thread failed error=%s", type(error).__name__,
+                          exc_info=log.isEnabledFor(logging.DEBUG))
+            del function, args, job  # an idle thread must not keep a session in memory
+            job = self.next_job(jobs)
+        self.threads.discard(threading.current_thread())
+
+    def next_job(self, jobs: Any) -> Any:
+        """Return the next job from the queue `jobs`, None to end the thread."""
+        self.idle.append(jobs)
+        try:
+            return jobs.get(timeout=0.001 if self.closed else IDLE_TIME)
+        except Exception:  # Empty, or no memory to wait
+            pass
+        try:
+            self.idle.remove(jobs)
+            return None
+        except ValueError:  # `start` or `close` has taken it at the last moment
+            return jobs.get()
+
+    def close(self) -> None:
+        """End the idle threads, and the others when they have done their job; wait for them."""
+        self.closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self.idle.pop().put(None)
+        for thread in list(self.threads):
+            thread.join()
 
 
 # ---- dialing: a name to addresses, addresses to one connected socket ---------------------
 #
 # Trying one address after the other waits two minutes for each dead one. So the next attempt
-# starts when the last one has failed or has had a quarter of a second, and the first to
-# connect wins (RFC 8305, "Happy Eyeballs"). One deadline covers all of it. When all fail,
-# the first address's error counts: it is the one that the resolver thinks best.
+# starts when the last one has failed or has had a quarter of a second, and the first one to
+# connect wins (RFC 8305, "Happy Eyeballs"). One deadline covers all of it. If all attempts
+# fail, the error of the first address counts: the resolver ranked it first.
 
 ATTEMPT_DELAY = 0.25  # seconds before the next attempt (RFC 8305 section 5)
-SHORT_WAIT = 0.001    # seconds, because a timeout of 0 would be no wait
-LONG_WAIT = 3600.0    # seconds, when there is no next attempt; poll() counts in milliseconds
+MAX_LOOK_UPS = 64     # at the same time, those that nobody waits for any more included
+SHORT_WAIT = 0.001    # seconds, because a timeout of 0 would not wait at all
+LONG_WAIT = 3600.0    # seconds; poll() takes no infinity
 
 SocketAddress = Tuple[int, Tuple[Any, ...]]  # a family, and what ``connect`` takes for it
 Prepare = Callable[[socket.socket], None]
 
 
-def look_up(name: bytes, port: int, timeout: float) -> List[SocketAddress]:
-    """The addresses of `name`, best first; OSError if the resolver fails or is too slow.
+class Resolver:
+    """The system's resolver. It knows no deadline, so each look-up has a thread of its own.
 
-    It knows no deadline of ours, so it is asked in a thread that can be left behind.
+    A look-up that takes too long is abandoned, but its thread stays until the system gives up.
     """
-    answers: List[Any] = []
 
-    def ask() -> None:
+    def __init__(self, warn: Callable[..., None]) -> None:
+        self.slots = threading.BoundedSemaphore(MAX_LOOK_UPS)
+        self.warn = warn
+
+    def look_up(self, name: bytes, port: int, deadline: float) -> List[SocketAddress]:
+        """Return the addresses of `name`, best first, by `deadline` (monotonic clock).
+
+        Raises OSError: ``gaierror`` if there is no such name, ``timeout`` at the deadline,
+        NoThreadError.
+        """
+        self.wait_for_slot(deadline)
+        answers: Any = queue.Queue()
         try:
-            answers.append(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
+            start_thread(self.ask, name, port, answers)
+        except NoThreadError:
+            self.slots.release()
+            raise
+        try:
+            answer = answers.get(timeout=seconds_until(deadline))
+        except queue.Empty:
+            raise socket.timeout("the resolver is too slow") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return [(info[0], info[4]) for info in answer]
+
+    def wait_for_slot(self, deadline: float) -> None:
+        """Wait until fewer than MAX_LOOK_UPS are under way: a burst must not become failures."""
+        if not self.slots.acquire(blocking=False):
+            self.warn("waiting for a look-up: %d are under way", MAX_LOOK_UPS)
+            if not self.slots.acquire(timeout=seconds_until(deadline)):
+                raise socket.timeout("too many look-ups")
+
+    def ask(self, name: bytes, port: int, answers: Any) -> None:
+        """Put the resolver's answer, or its exception, into the queue `answers`."""
+        try:
+            answers.put(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
         except Exception as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        raise OSError(errno.ENOMEM, "no thread for the resolver") from None
-    thread.join(min(timeout, threading.TIMEOUT_MAX))
-    answer = answers[0] if answers else socket.timeout("the resolver is too slow")
-    if isinstance(answer, Exception):
-        raise answer
-    return [(info[0], info[4]) for info in answer]
+            answers.put(error)
+        finally:
+            self.slots.release()
 
 
-def resolve(destination: Address, deadline: float) -> List[SocketAddress]:
-    """The addresses of `destination`, best first, by `deadline` (on the monotonic clock)."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError, ValueError):  # it is no literal of this family
-            socket.inet_pton(family, destination.host)
-            return [(family, tuple(destination))]
-    name = encode_name(destination.host)
-    return look_up(name, destination.port, max(0, deadline - time.monotonic()))
+def seconds_until(deadline: float) -> float:
+    """Return how long to wait for something until `deadline` (monotonic clock)."""
+    return min(LONG_WAIT, max(SHORT_WAIT, deadline - time.monotonic()))
 
 
 def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
-    """The families in turn, the first address's first (RFC 8305 section 4)."""
+    """Return the families in turn, that of the first address first (RFC 8305 section 4)."""
     first = [address for address in addresses if address[0] == addresses[0][0]]
     other = [address for address in addresses if address[0] != addresses[0][0]]
     turns = itertools.zip_longest(first, other)
@@ -596,7 +926,10 @@ def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
 
 
 def start_attempt(address: SocketAddress, prepare: Prepare, patience: float) -> socket.socket:
-    """A socket on its way to `address` after `patience` seconds; OSError if it fails in them."""
+    """Return a socket that has had `patience` seconds to connect to `address`.
+
+    If that is 0, it is still connecting. Raises OSError if it fails in time.
+    """
     sock = socket.socket(address[0], socket.SOCK_STREAM)
     try:
         prepare(sock)
@@ -604,16 +937,16 @@ def start_attempt(address: SocketAddress, prepare: Prepare, patience: float) -> 
         sock.connect(address[1])
     except BlockingIOError:
         pass
-    except OSError:
+    except BaseException:
         sock.close()
         raise
     return sock
 
 
 def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
-           until: float) -> Optional[socket.socket]:
-    """The socket that has connected; None at `until`, or when an attempt has failed."""
-    for key, _ in attempts.select(until - time.monotonic()):
+           deadline: float) -> Optional[socket.socket]:
+    """Return the socket that has connected; None at `deadline`, or if one has failed."""
+    for key, _ in attempts.select(seconds_until(deadline)):
         sock: Any = attempts.unregister(key.fileobj).fileobj
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code:
@@ -623,190 +956,185 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
     return None
 
 
-def dial(addresses: List[SocketAddress], deadline: float,
-         prepare: Prepare = lambda sock: None) -> socket.socket:
-    """A socket connected to one of `addresses` by `deadline` (on the monotonic clock).
-
-    `prepare` is called with each socket before it connects. The one that is returned has a
-    timeout: set your own. Raises OSError.
-    """
-    if len(addresses) == 1:  # it needs no selector, which costs a tenth of a short session
-        patience = min(LONG_WAIT, max(SHORT_WAIT, deadline - time.monotonic()))
-        return start_attempt(addresses[0], prepare, patience)
-    waiting = list(enumerate(interleave(addresses)))
+def dial_all(attempts: selectors.BaseSelector, addresses: List[SocketAddress],
+             deadline: float, prepare: Prepare) -> socket.socket:
+    """Return the first socket to connect. The attempts are left to the caller to close."""
+    waiting = list(enumerate(addresses))
     errors: Dict[int, OSError] = {}
-    with AttemptSelector() as attempts:
-        try:
-            while (waiting or attempts.get_map()) and time.monotonic() < deadline:
-                if waiting:
-                    number, address = waiting.pop(0)
-                    try:
-                        sock = start_attempt(address, prepare, 0)
-                        attempts.register(sock, selectors.EVENT_WRITE, number)
-                    except OSError as error:
-                        errors[number] = error
-                        continue
-                patience = ATTEMPT_DELAY if waiting else LONG_WAIT
-                connected = winner(attempts, errors, min(deadline, time.monotonic() + patience))
-                if connected:
-                    return connected
-        finally:
-            for key in list(attempts.get_map().values()):
-                key.fileobj.close()
+    while (waiting or attempts.get_map()) and time.monotonic() < deadline:
+        until = deadline
+        if waiting:
+            number, address = waiting.pop(0)
+            try:
+                attempts.register(start_attempt(address, prepare, 0),
+                                  selectors.EVENT_WRITE, number)
+            except OSError as error:
+                errors[number] = error
+                continue
+        if waiting:
+            until = min(deadline, time.monotonic() + ATTEMPT_DELAY)
+        connected = winner(attempts, errors, until)
+        if connected:
+            return connected
     raise errors.get(0) or socket.timeout("no address has answered")
 
 
-# ---- threads: kept for another job -------------------------------------------------------
+def dial(addresses: List[SocketAddress], deadline: float,
+         prepare: Prepare = lambda sock: None) -> socket.socket:
+    """Return a socket connected to one of `addresses` by `deadline` (monotonic clock).
 
-IDLE_TIME = 10.0  # seconds for which a thread waits for another job
-
-Job = Callable[[], None]
-
-
-class ThreadCache:
-    """Threads that wait a while for another job when they have done one.
-
-    To start a thread costs more than the rest of a short session. The newest idle thread is
-    taken first: those that are not needed are left alone, and leave.
+    `prepare` is called with each socket before it connects. The socket that is returned has
+    some timeout: set your own. Raises OSError.
     """
-
-    def __init__(self) -> None:
-        self.idle: List[Any] = []  # queues, each with a thread that waits for its next job
-        self.threads: Set[threading.Thread] = set()
-        self.closed = False
-
-    def start(self, name: str, job: Job) -> Callable[[], bool]:
-        """Do `job` in a thread called `name`. What is returned waits until it is done."""
-        done = threading.Lock()
-        done.acquire()
+    if len(addresses) == 1:  # a selector would cost a tenth of a short session
+        return start_attempt(addresses[0], prepare, seconds_until(deadline))
+    with Selector() as attempts:
         try:
-            self.idle.pop().put((name, job, done))
-        except IndexError:
-            thread = threading.Thread(target=self.work, args=((name, job, done),), daemon=True)
-            self.threads.add(thread)  # first: a signal may come in between
-            try:
-                thread.start()
-            except RuntimeError:
-                self.threads.discard(thread)
-                raise
-        return done.acquire
-
-    def work(self, task: Any) -> None:
-        """The life of a thread: `task`, and others until none comes."""
-        thread = threading.current_thread()
-        tasks: Any = TaskQueue()
-        while task is not None:
-            thread.name, job, done = task
-            try:
-                job()
-            except Exception as error:
-                log.error("thread failed error=%s", type(error).__name__)
-            finally:
-                done.release()
-            del job, done, task  # or what they refer to stays as long as the thread is idle
-            thread.name = "socks5 idle"
-            task = self.wait(tasks)
-
-    def wait(self, tasks: Any) -> Any:
-        """The next task for the thread of `tasks`; None if it is to leave."""
-        self.idle.append(tasks)
-        with contextlib.suppress(queue.Empty):
-            return tasks.get(block=not self.closed, timeout=IDLE_TIME)
-        try:
-            self.idle.remove(tasks)
-            return None
-        except ValueError:  # it was taken out at the last moment
-            return tasks.get()
-
-    def forget_dead(self) -> None:
-        """Forget the threads that have begun and have left."""
-        self.threads -= {thread for thread in list(self.threads)
-                         if thread.ident is not None and not thread.is_alive()}
-
-    def close(self) -> None:
-        """Have the idle threads leave now, and the others when they have done their job."""
-        self.closed = True
-        while self.idle:
-            self.idle.pop().put(None)
+            return dial_all(attempts, interleave(addresses), deadline, prepare)
+        finally:
+            for key in list(attempts.get_map().values()):
+                key.fileobj.close()
 
 
 # ---- relaying: two flows, each in a thread, joined when both have ended ------------------
 #
-# A relay that ends at the first close loses what is on its way in the other direction. Here a
-# close is passed on as a half-close, and the other flow goes on. A reset is passed on as a
-# reset. Nothing is queued: a flow reads only when its sink has taken what was read before, so
-# that a slow reader slows the writer down.
+# A relay that ends at the first close loses what is on its way in the other direction. So a
+# close is passed on as a half-close, and the other flow goes on. A relay is reset by default:
+# whatever breaks it, the server's own death included, both sides see a reset, so that a
+# truncated transfer is not mistaken for a complete one. Only a flow that has passed on the end
+# of its source earns its sink a clean end. Nothing is queued: a flow reads again when its sink
+# has taken everything, so a slow reader slows the writer down.
 
-SMALL_BUFFER = 2 * 1024     # octets, for an idle flow
-LARGE_BUFFER = 1024 * 1024  # octets, for the busiest; in between, each is 8 times the last
-BUSY = 32 * 1024            # octets at a time that keep a flow in the kernel
+SMALL_BUFFER = 2 * 1024     # bytes, for an idle flow
+LARGE_BUFFER = 1024 * 1024  # bytes, for the busiest; in between, each is 8 times the last
+BUSY = 32 * 1024            # bytes at a time that keep a flow in the kernel
+SPLICE_PIECE = 128 * 1024   # bytes; the kernel sends a piece in two steps, each with SEND_TIMEOUT
+SEND_TIMEOUT = 0.25         # seconds for which a sender is stuck before it looks around
 SPLICE_REFUSED = {errno.EINVAL, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-KEEPALIVE = [  # a peer that has vanished is noticed after 60 + 4 * 15 seconds
-    ("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60),  # the same under Linux and macOS
-    ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)]
-OPTIONS = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-OPTIONS += [(socket.IPPROTO_TCP, getattr(socket, option), value)
-            for option, value in KEEPALIVE if hasattr(socket, option)]
+CLEAN = ("", "client-closed", "target-closed")  # ends of a relay that has lost nothing
 
 
-def tune(sock: socket.socket) -> None:
-    """Send small pieces at once, and notice when the peer has vanished."""
-    with contextlib.suppress(OSError):  # what is wrong with it comes out when it is read
-        for option in OPTIONS:
+def existing(*options: Tuple[int, str, Any]) -> List[Tuple[int, int, Any]]:
+    """Return the socket options that this system has: a level, a name and a value each."""
+    return [(level, getattr(socket, name), value)
+            for level, name, value in options if hasattr(socket, name)]
+
+
+def seconds_option(name: str, seconds: float) -> List[Tuple[int, int, Any]]:
+    """Return a timeout as a socket option; 0 is for none."""
+    if sys.platform == "win32":  # a socket is of no use there after a send that timed out
+        return []
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    return existing((socket.SOL_SOCKET, name, value))
+
+
+TUNED = existing(  # small pieces are sent at once, urgent bytes stay in line, and a peer that
+    # has vanished is noticed after 60 + 4 * 15 seconds
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4))
+LINGER = "hh" if sys.platform == "win32" else "ii"
+RESET = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER, 1, 0)))  # at close()
+CLEAN_END = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER, 0, 0)))
+RELAYED = RESET + seconds_option("SO_SNDTIMEO", SEND_TIMEOUT)
+
+
+def set_options(sock: socket.socket, options: List[Tuple[int, int, Any]]) -> bool:
+    """Set `options`; return False if the system refuses one."""
+    try:
+        for option in options:
             sock.setsockopt(*option)
-
-
-def reset_on_close(sock: socket.socket) -> None:
-    """Have close() send a reset, not an end."""
-    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return True
+    except OSError:
+        return False
 
 
 def wake(sock: socket.socket, how: int) -> None:
-    """Wake the thread that waits on `sock` by a shutdown()."""
+    """Wake the thread that waits on `sock` with a shutdown()."""
     with contextlib.suppress(OSError):  # it has no peer any more
         sock.shutdown(how)
 
 
-class Flow:
-    """Octets in one direction. `read` gives the first of them, perhaps out of a buffer."""
+def run_on(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
+    """Let this thread run on `cpus`, if that is not None; return where it ran before.
 
-    cpus: Optional[Set[int]] = None  # for flows inside the kernel, if others stay on one CPU
+    This is an optimisation: a system that refuses it is left alone.
+    """
+    if cpus is not None:
+        with contextlib.suppress(OSError):
+            before = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, cpus)
+            return before
+    return None
+
+
+class Flow:
+    """One direction of a relay, from `source` to `sink`.
+
+    `cpus` are those for work inside the kernel, None if the thread may stay where it is.
+    """
 
     def __init__(self, source: socket.socket, sink: socket.socket,
-                 read: Callable[[int], bytes]) -> None:
-        self.source, self.sink, self.first_read = source, sink, read
+                 cpus: Optional[Set[int]]) -> None:
+        self.source, self.sink, self.cpus = source, sink, cpus
+        self.sends_time_out = set_options(sink, RELAYED) and len(RELAYED) > len(RESET)
         self.may_splice = hasattr(os, "splice")  # Linux, from Python 3.10
         self.waiting_on = source
-        self.octets = 0  # that the sink has taken
-        self.running = True
+        self.sent = 0  # bytes
         self.stopped = False
 
+    def copy_reader(self, reader: Any) -> None:
+        """Send what `reader` has buffered already. A short read has emptied it."""
+        count = SMALL_BUFFER
+        while count == SMALL_BUFFER and not self.stopped:
+            data = reader.read1(SMALL_BUFFER)
+            self.send(memoryview(data))
+            count = len(data)
+
     def copy(self) -> None:
-        """Pass octets on until the source ends; OSError if the source or the sink breaks."""
+        """Copy until the source ends or the flow is stopped. Raises OSError if a side breaks."""
         buffer = bytearray(SMALL_BUFFER)
-        octets = memoryview(self.first_read(SMALL_BUFFER))
-        while octets and not self.stopped:
-            self.pass_on(octets)
-            if len(octets) == len(buffer) < LARGE_BUFFER:
+        while not self.stopped:
+            count = self.source.recv_into(buffer)
+            if not count:
+                return
+            self.send(memoryview(buffer)[:count])
+            if count == len(buffer) < LARGE_BUFFER:
                 buffer = bytearray(8 * len(buffer))
-            elif len(octets) < len(buffer) // 8:  # it has become quiet
+            elif count < len(buffer) // 8:  # the flow has become quiet
                 buffer = bytearray(SMALL_BUFFER)
             if len(buffer) == LARGE_BUFFER and self.may_splice:
                 buffer = bytearray(SMALL_BUFFER)
                 self.splice()
-            count = self.source.recv_into(buffer)
-            octets = memoryview(buffer)[:count]
+
+    def send(self, data: memoryview) -> None:
+        """Send all of `data`. Raises OSError."""
+        self.waiting_on = self.sink
+        while data:
+            count = self.attempt(self.sink.send, data)
+            data = data[count:]
+        self.waiting_on = self.source
+
+    def attempt(self, send: Callable[..., int], *args: Any) -> int:
+        """Return how many bytes `send` sent, 0 if it was stuck. Raises OSError if stopped."""
+        if self.stopped:
+            raise ConnectionAbortedError
+        try:
+            count = send(*args)
+        except BlockingIOError:
+            return 0
+        self.sent += count
+        return count
 
     def splice(self) -> None:
-        """Pass octets on inside the kernel, through a pipe, until the flow is quiet or ends.
+        """Copy inside the kernel, through a pipe, until the flow is quiet or ends.
 
-        What the system refuses (a descriptor, room for the pipe) is left to `copy`.
+        If the system refuses (no descriptor, no room for the pipe), `copy` goes on.
         """
         pipe: List[int] = []
         piped = 0
-        home = self.move_to(self.cpus)
+        cpus_before = run_on(self.cpus)
         try:
             pipe += os.pipe()
             fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, LARGE_BUFFER)
@@ -815,675 +1143,779 @@ class Flow:
                 count = piped = os.splice(self.source.fileno(), pipe[1], LARGE_BUFFER)
                 self.waiting_on = self.sink
                 while piped:
-                    moved = os.splice(pipe[0], self.sink.fileno(), piped)
-                    piped -= moved
-                    self.octets += moved
+                    piped -= self.attempt(
+                        os.splice, pipe[0], self.sink.fileno(), min(piped, SPLICE_PIECE))
                 self.waiting_on = self.source
         except OSError as error:
             if error.errno not in SPLICE_REFUSED:
                 raise
             self.may_splice = False
-            if piped:
-                self.pass_on(memoryview(os.read(pipe[0], piped)))
+            self.send(memoryview(os.read(pipe[0], piped) if piped else b""))
         finally:
-            self.move_to(home)
+            run_on(cpus_before)
             for descriptor in pipe:
                 os.close(descriptor)
 
-    @staticmethod
-    def move_to(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
-        """Let this thread run on `cpus`, unless that is None; where it ran before."""
-        if cpus is None:
-            return None
-        home = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)
-        return home
-
-    def pass_on(self, octets: memoryview) -> None:
-        """Wait until the sink has taken `octets`."""
-        self.waiting_on = self.sink
-        self.sink.sendall(octets)
-        self.octets += len(octets)
-        self.waiting_on = self.source
-
     def stop(self) -> None:
-        """Have the thread leave; called from another one, and again while it does not.
-
-        No peer is to take this for the other's end, so a sink is shut down only when asked
-        again: it is stuck then, and the octets in its queue come before the end.
-        """
-        wake(self.source, socket.SHUT_RD)
-        if self.stopped and self.waiting_on is self.sink:
-            wake(self.sink, socket.SHUT_WR)
+        """End the flow soon; called from another thread."""
         self.stopped = True
-
-    def backlog(self) -> int:
-        """Octets that the sink has been sent and has not acknowledged, where Linux tells.
-
-        A slow reader's progress is seen here only: sendall() waits for all it was given.
-        """
-        if sys.platform == "linux" and self.waiting_on is self.sink:
-            with contextlib.suppress(OSError, ValueError):
-                queued = fcntl.ioctl(self.sink, termios.TIOCOUTQ, bytes(4))
-                return int.from_bytes(queued, sys.byteorder)
-        return 0
+        wake(self.source, socket.SHUT_RD)
+        if not self.sends_time_out:  # the only other way, though it may look like a clean end
+            wake(self.sink, socket.SHUT_WR)
 
 
 class Relay:
-    """Two flows between `client` and `target`. `end` tells who closed first, or who broke it."""
+    """Two flows between the sockets `client` and `target`.
 
-    def __init__(self, client: socket.socket, target: socket.socket,
-                 read: Callable[[int], bytes]) -> None:
-        self.names = {client: "client", target: "target"}
-        self.up = Flow(client, target, read)
-        self.down = Flow(target, client, target.recv)
-        self.end = ""
-        self.broken = False
-        self.complete = False  # both ends have been passed on
+    The first bytes of the client are `early`, and what `reader` has buffered. `phase` and
+    `progress` are for deadlines, `counts` for the log.
+    """
 
-    def run(self, threads: ThreadCache) -> None:
-        """Relay until both flows have ended: one in this thread, one in a second."""
-        name = threading.current_thread().name + ", down"
-        wait = threads.start(name, lambda: self.carry(self.down, self.up))
-        self.carry(self.up, self.down)
-        wait()
-        self.complete = not self.broken
+    def __init__(self, client: socket.socket, target: socket.socket, reader: Any,
+                 early: bytes = b"", cpus: Optional[Set[int]] = None) -> None:
+        self.reader, self.early = reader, early
+        self.up = Flow(client, target, cpus)
+        self.down = Flow(target, client, cpus)
+        self.reply = b""
+        self.ends: List[str] = []  # of ENDS; two threads append to it
 
-    def carry(self, flow: Flow, other: Flow) -> None:
-        """A thread's life: copy, and pass on the end, or break off."""
+    @property
+    def end(self) -> str:
+        """How the relay ends: the first end that is not clean, otherwise the first one.
+
+        "" while both flows run, "client-closed" or "target-closed" when one of them goes on.
+        """
+        for end in self.ends:
+            if end not in CLEAN:
+                return end
+        return self.ends[0] if self.ends else ""
+
+    def run(self, threads: ThreadCache, reply: bytes) -> None:
+        """Send `reply` to the client, and relay until both flows have ended.
+
+        One flow is in this thread, the other in a second one. Raises NoThreadError, in which
+        case nothing was sent.
+        """
+        self.reply = reply
+        down_ended = threading.Lock()
+        down_ended.acquire()
+        threads.start(self.carry, self.down, self.carry_down, down_ended.release)
+        self.carry(self.up, self.carry_up, lambda: None)
+        down_ended.acquire()
+
+    def carry_up(self) -> None:
+        """Copy from the client to the target."""
+        if self.early:
+            self.up.send(memoryview(self.early))
+        self.up.copy_reader(self.reader)
+        self.up.copy()
+
+    def carry_down(self) -> None:
+        """Send the reply, and copy from the target to the client."""
+        self.down.send(memoryview(self.reply))
+        self.down.copy()
+
+    def carry(self, flow: Flow, copy: Callable[[], None], done: Callable[[], None]) -> None:
+        """Call `copy`, and pass on the end of the source, or break off. Then call `done`."""
         try:
-            flow.copy()
-            self.pass_on_end(flow, other)
-        except Exception as error:  # OSError; MemoryError, where there is none for a buffer
+            copy()
+            if self.end in CLEAN:
+                self.pass_on_end(flow)
+        except Exception as error:
             self.break_off(flow, error)
         finally:
-            flow.running = False
+            done()
 
-    def pass_on_end(self, flow: Flow, other: Flow) -> None:
-        """Half-close the sink; OSError if the end was a reset."""
-        if self.broken:
-            return
-        self.end = self.end or self.names[flow.source] + "-closed"
-        if other.running:  # or else the sockets are closed next, and need no shutdown()
-            # A reset is reported once. If the other thread heard of it while it was sending,
-            # this one has read an end. The socket has no peer any more, then; after a real
-            # end it has one, as long as the other flow has not ended.
+    def pass_on_end(self, flow: Flow) -> None:
+        """Half-close the sink. Raises OSError if the source was reset.
+
+        A reset is reported once. If the other thread was told of it while it was sending, this
+        one has read an end, but the socket has no peer any more. If the other flow has ended
+        cleanly, its thread was not told, and the socket has no peer because both sides closed.
+        """
+        try:
             flow.source.getpeername()
-            flow.waiting_on = flow.sink
-            flow.running = False  # before the shutdown(), for the sake of the check above
-            flow.sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            if self.end not in CLEAN or not self.ends:
+                raise
+        self.ends.append("client-closed" if flow is self.up else "target-closed")
+        flow.waiting_on = flow.sink
+        flow.sink.shutdown(socket.SHUT_WR)
+        set_options(flow.sink, CLEAN_END)  # the kernel still delivers what the sink has not read
 
     def break_off(self, flow: Flow, error: Exception) -> None:
-        """Wake the other thread, which still delivers what it has."""
-        if not self.broken:
-            what = "lost" if isinstance(error, TimeoutError) else "reset"
-            self.end = "%s-%s" % (self.names[flow.waiting_on], what)
-        self.broken = True
-        for sock in self.names:
-            wake(sock, socket.SHUT_RD)
+        """Note why the relay breaks, and end the other flow, which still delivers what it has."""
+        if not isinstance(error, OSError):
+            log.error("relay failed error=%s", type(error).__name__)
+            self.ends.append("error")
+        elif flow.waiting_on is self.up.source:
+            self.ends.append("client-lost" if isinstance(error, TimeoutError) else "client-reset")
+        else:
+            self.ends.append("target-lost" if isinstance(error, TimeoutError) else "target-reset")
+        for each in (self.up, self.down):
+            wake(each.source, socket.SHUT_RD)
 
-    def stop(self) -> None:
-        """Have both threads leave, from another one."""
-        self.broken = True
-        self.up.stop()
-        self.down.stop()
+    def stop(self, end: str) -> None:
+        """End the relay with a reset, for the reason `end`; called from another thread."""
+        self.ends.append(end)
+        for flow in (self.up, self.down):
+            flow.stop()
+
+    def phase(self, settings: Settings) -> Tuple[str, float]:
+        """Return the phase, and the seconds that it may last without progress."""
+        return ("linger", settings.linger) if self.ends else ("idle", settings.idle_timeout)
 
     @property
     def counts(self) -> Dict[str, int]:
-        """Octets that have been taken."""
-        return {"up": self.up.octets, "down": self.down.octets}
-
-    @property
-    def half_closed(self) -> bool:
-        """Whether a flow has ended."""
-        return not (self.up.running and self.down.running)
+        """Bytes relayed: `up` from the client, `down` from the target."""
+        return {"up": self.up.sent, "down": max(0, self.down.sent - len(self.reply))}
 
     def progress(self) -> Tuple[int, ...]:
-        """Numbers that change when an octet moves or a flow ends."""
-        return (self.half_closed, self.up.octets, self.up.backlog(),
-                self.down.octets, self.down.backlog())
+        """Return numbers that change when bytes move or a flow ends."""
+        return len(self.ends), self.up.sent, self.down.sent
 
 
-# ---- associations: datagrams in both directions, as long as the control connection stays --
+# ---- associations: datagrams, as long as the control connection stays --------------------
 #
-# A stranger's datagrams change nothing: the client is known by its host and its port, and
-# answers come from hosts only to which it has sent. Each thread watches the control connection
-# beside its socket, and so both end with it.
+# A stranger's datagrams change nothing: the client is known by its host and port, and answers
+# pass only from hosts to which it has sent. One thread serves all three sockets. Names are
+# looked up in other threads, so that they do not keep other datagrams waiting.
 
-LONGEST_DATAGRAM = 65535  # octets; UDP carries 65507
-LOOKUPS = 8               # names of an association that are looked up at the same time
-DESTINATIONS = 4096       # that an association remembers
+LONGEST_DATAGRAM = 65535  # bytes; UDP carries 65507
+LOOKUPS = 8               # names of one association that are looked up at the same time
+DESTINATIONS = 4096       # that one association remembers
 
 
-def open_outside() -> socket.socket:
-    """A socket for datagrams to and from both families, or IPv4 where there is no other."""
+def open_outside(source: Optional[str]) -> socket.socket:
+    """Return a socket for datagrams, bound to the address `source` if that is not None.
+
+    Otherwise it is for both families, or for IPv4 on a host without IPv6.
+    """
     try:
+        if source and ":" not in source:
+            raise OSError
         sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, source is not None)
     except OSError:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sock.bind(("", 0))
+    sock.bind((source or "", 0))
     return sock
 
 
 class Association:
-    """Datagrams between a client, at `inside`, and those to whom it sends, at `outside`.
+    """Datagrams between a client, at the socket `inside`, and its targets, at `outside`.
 
-    `client` is the client's address, its port 0 if the first datagram is to tell. `route` gives
-    the address to send to for a destination, or raises RequestError or OSError.
+    `client` is the client's address; if its port is 0, the first datagram tells. `find_routes`
+    returns the addresses to try for a destination, or raises RequestError or OSError. What the
+    handler uses is named as in `Relay`.
     """
 
-    half_closed = False  # as a Relay can be
-
     def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
-                 client: Address, route: Callable[[Address], Any]) -> None:
+                 client: Address, find_routes: Callable[[Address], List[Any]]) -> None:
         self.control, self.inside, self.outside = control, inside, outside
-        self.client, self.route = client, route
-        self.home: Any = None  # where the client's datagrams come from
+        self.client, self.find_routes = client, find_routes
+        self.client_sockaddr: Any = None
+        self.lock = threading.Lock()  # for the routes, the hosts and the counts
         self.routes: Dict[Address, Any] = {}
         self.hosts: Set[str] = set()  # to which the client has sent
-        self.lookups = threading.BoundedSemaphore(LOOKUPS)
         self.counts: Dict[str, int] = dict.fromkeys(
             ["up", "down", "datagrams_up", "datagrams_down", "dropped"], 0)
+        self.lookups = threading.BoundedSemaphore(LOOKUPS)
         self.end = ""
-        self.complete = False
 
-    def run(self, threads: ThreadCache) -> None:
-        """Relay until the control connection ends: up in this thread, down in a second."""
-        for sock in (self.control, self.inside, self.outside):
-            sock.setblocking(False)
+    def run(self, threads: ThreadCache, reply: bytes) -> None:
+        """Send `reply` to the client, and relay datagrams until the control connection ends."""
         self.threads = threads
-        name = threading.current_thread().name + ", down"
-        wait = threads.start(name, lambda: self.carry(self.outside, self.take_down))
-        try:
-            self.carry(self.inside, self.take_up)
-        finally:
-            wait()
-        self.complete = self.end != "error"
+        self.control.sendall(reply)
+        with Selector() as selector:
+            for sock, receive in ((self.control, self.read_control),
+                                  (self.inside, self.relay_up), (self.outside, self.relay_down)):
+                sock.setblocking(False)
+                selector.register(sock, selectors.EVENT_READ, receive)
+            while not self.end:
+                for key, _ in selector.select():
+                    self.attempt(key.data)
 
-    def carry(self, sock: socket.socket, take: Callable[[], None]) -> None:
-        """A thread's life: `take` each datagram of `sock`."""
-        with AttemptSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ, take)
-            selector.register(self.control, selectors.EVENT_READ, self.hear)
-            try:
-                while not self.end:
-                    for key, _ in selector.select():
-                        self.attempt(key.data)
-            finally:
-                wake(self.control, socket.SHUT_RD)
-
-    def attempt(self, take: Callable[[], None]) -> None:
-        """`take` a datagram, and count it if it cannot be passed on; a bug ends all threads."""
+    def attempt(self, action: Callable[..., None], *args: Any) -> None:
+        """Call `action`. A datagram that it cannot relay is dropped; a bug ends the session."""
         try:
-            take()
+            action(*args)
         except (OSError, ProtocolError, RequestError):
-            self.counts["dropped"] += 1
+            self.count(dropped=1)
         except Exception:
-            self.end = self.end or "error"
-            wake(self.control, socket.SHUT_RD)
+            set_options(self.control, RESET)
+            self.stop("error")
             raise
 
-    def hear(self) -> None:
-        """Notice the end of the control connection, which has nothing else to say."""
-        try:
-            if not self.control.recv(SMALL_BUFFER):
-                self.control.getpeername()  # fails if the other thread was told of a reset
-                self.end = self.end or "client-closed"
-        except BlockingIOError:  # the other thread has read it
-            pass
-        except OSError as error:
-            lost = isinstance(error, TimeoutError)
-            self.end = self.end or ("client-lost" if lost else "client-reset")
+    def count(self, **amounts: int) -> None:
+        """Add to the counts."""
+        with self.lock:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
 
-    def take_up(self) -> None:
-        """Pass on a datagram of the client. Names must not keep the next ones waiting."""
-        octets, source = self.inside.recvfrom(LONGEST_DATAGRAM)
+    def read_control(self) -> None:
+        """Read the control connection; only EOF or an error matters."""
+        try:
+            end = "" if self.control.recv(SMALL_BUFFER) else "client-closed"
+        except BlockingIOError:
+            end = ""
+        except OSError as error:
+            end = "client-lost" if isinstance(error, TimeoutError) else "client-reset"
+        self.end = self.end or end
+
+    def relay_up(self) -> None:
+        """Relay a datagram from the client. Raises an error for one that cannot be relayed."""
+        data, source = self.inside.recvfrom(LONGEST_DATAGRAM)
         host, port = Address.of(source)
         if host != self.client.host or port != (self.client.port or port):
             return
-        datagram = Datagram.read(io.BytesIO(octets))
+        datagram = Datagram.read(io.BytesIO(data))
         if datagram.fragment:
             raise ProtocolError("fragment")
-        self.home, self.client = source, Address(host, port)
-        target = self.routes.get(datagram.address)
-        if target or not plain_name(datagram.address.host):
-            self.send(datagram, target)
-        elif self.lookups.acquire(blocking=False):
-            try:
-                self.threads.start("socks5 look-up", lambda: self.send_to_name(datagram))
-            except RuntimeError:
-                self.lookups.release()
-                raise ProtocolError("no thread") from None
+        self.client, self.client_sockaddr = Address(host, port), source
+        if datagram.address in self.routes or ip_number(datagram.address.host) is not None:
+            self.send(datagram)
         else:
+            self.start_look_up(datagram)
+
+    def start_look_up(self, datagram: Datagram) -> None:
+        """Send `datagram` in another thread, which may wait for the resolver."""
+        if not self.lookups.acquire(blocking=False):
             raise ProtocolError("too many look-ups")
+        try:
+            self.threads.start(self.send_to_name, datagram)
+        except NoThreadError:
+            self.lookups.release()
+            raise
 
     def send_to_name(self, datagram: Datagram) -> None:
-        """Send `datagram` in a thread that may wait for the resolver."""
+        """Send `datagram` to a name."""
         try:
-            self.attempt(lambda: self.send(datagram, None))
+            self.attempt(self.send, datagram)
         finally:
             self.lookups.release()
 
-    def send(self, datagram: Datagram, target: Any) -> None:
-        """Send `datagram` to `target`; if that is None, to where it may go."""
-        if not target:
-            target = self.route(datagram.address)
-            if self.outside.family == socket.AF_INET and ":" in target[0]:
-                raise RequestError(Reply.NETWORK_UNREACHABLE)
-            if self.outside.family == socket.AF_INET6 and ":" not in target[0]:
-                target = "::ffff:" + target[0], target[1]
-            if len(self.routes) >= DESTINATIONS:
+    def send(self, datagram: Datagram) -> None:
+        """Send `datagram` to the first address that takes it, and remember that address.
+
+        Nothing tells whether somebody answers there, so IPv4 comes first: more services listen
+        on it. The second try is for hosts that have only IPv6.
+        """
+        route = self.routes.get(datagram.address)
+        routes = [route] if route else sorted(
+            self.find_routes(datagram.address), key=lambda route: ":" in route[0])
+        for number, route in enumerate(routes, 1):
+            try:
+                target = self.remember(datagram.address, route)
+                self.outside.sendto(datagram.data, target)
+                break
+            except (OSError, RequestError):
+                self.routes.pop(datagram.address, None)
+                if number == len(routes):
+                    raise
+        self.count(datagrams_up=1, up=len(datagram.data))
+
+    def remember(self, destination: Address, route: Any) -> Any:
+        """Return `route` as `outside` takes it, and let its host answer from now on."""
+        if self.outside.family == socket.AF_INET and ":" in route[0]:
+            raise RequestError(Reply.NETWORK_UNREACHABLE)
+        if self.outside.family == socket.AF_INET6 and ":" not in route[0]:
+            route = "::ffff:" + route[0], route[1]
+        with self.lock:
+            if len(self.routes) >= DESTINATIONS and destination not in self.routes:
                 self.routes.clear()
                 self.hosts.clear()
-            self.routes[datagram.address] = target
-        self.hosts.add(Address.of(target).host)  # first: the answer may be quick
-        self.outside.sendto(datagram.data, target)
-        self.counts["datagrams_up"] += 1
-        self.counts["up"] += len(datagram.data)
+            self.routes[destination] = route
+            self.hosts.add(Address.of(route).host)
+        return route
 
-    def take_down(self) -> None:
-        """Pass on what comes from a host to which the client has sent."""
-        octets, source = self.outside.recvfrom(LONGEST_DATAGRAM)
+    def relay_down(self) -> None:
+        """Relay a datagram to the client, if it has sent something to that host."""
+        data, source = self.outside.recvfrom(LONGEST_DATAGRAM)
         address = Address.of(source)
         if address.host in self.hosts:
-            self.inside.sendto(Datagram(0, address, octets).pack(), self.home)
-            self.counts["datagrams_down"] += 1
-            self.counts["down"] += len(octets)
+            self.inside.sendto(Datagram(0, address, data).pack(), self.client_sockaddr)
+            self.count(datagrams_down=1, down=len(data))
 
-    def stop(self) -> None:
-        """Have both threads leave: the handler's hang_up() wakes them."""
-        self.end = self.end or "stopped"
+    def stop(self, end: str) -> None:
+        """End the association, for the reason `end`; called from another thread."""
+        self.end = self.end or end
+        wake(self.control, socket.SHUT_RD)
+
+    def phase(self, settings: Settings) -> Tuple[str, float]:
+        """Return the phase, and the seconds that it may last without progress."""
+        return "udp", settings.udp_timeout
 
     def progress(self) -> Tuple[int, ...]:
-        """Numbers that change when a datagram is passed on."""
+        """Return numbers that change when a datagram is relayed."""
         return self.counts["datagrams_up"], self.counts["datagrams_down"]
 
 
 # ---- handler: one conversation -----------------------------------------------------------
 
 LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
-BACKLOG = 8            # connections that wait for BIND to look at them
-EARLY_LIMIT = 65536    # octets of a client to keep while BIND waits
-REFUSAL_TIMEOUT = 2.0  # seconds for a client to read why, and leave
+REFUSAL_TIMEOUT = 2.0  # seconds for a refused client to read the answer and close
+BIND_BACKLOG = 8       # connections that wait for BIND to look at them
+EARLY_LIMIT = 65536    # bytes to keep that a client sends while BIND waits
+UNIX_FAMILY = getattr(socket, "AF_UNIX", None)
+IP_BIND_ADDRESS_NO_PORT = 24  # Linux's number; the module `socket` has no name for it
+
+
+def escape(value: object) -> str:
+    """Return `value` as one word of ASCII for the log, "-" if it is empty."""
+    return str(value).encode("unicode_escape").decode("ascii").replace(" ", "\\x20") or "-"
+
+
+class Phase(NamedTuple):
+    """What a session does, since when and until when (on the server's clock)."""
+    name: str
+    since: float
+    deadline: float
 
 
 class Socks5RequestHandler(socketserver.StreamRequestHandler):
-    """One client's conversation. Override its hooks (see above) and pass it to the server."""
+    """One client's session. Override its hooks and pass the class to the server.
+
+    Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
+    nobody has checked one); `settings`, those that were in force when the session began; and
+    `server`. In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply,
+    and an OSError by its errno. Any other exception is logged, and ends this session only.
+    """
 
     server: "Socks5Server"
-    rbufsize = 1024  # octets; no frame has more than 513
+    rbufsize = 1024  # bytes; no frame has more than 513
+    log_level = logging.INFO  # of the session's line
 
     def setup(self) -> None:
-        """Begin a session."""
+        """Begin a session; from here on the server watches its deadlines."""
         super().setup()
         self.started = time.monotonic()
-        self.sockets = {self.connection}
         self.settings = self.server.settings
+        client = Address.of(self.client_address)
+        self.user = "" if self.settings.users else client.host.partition(UNIX)[2]
+        self.sockets = {self.connection}  # `finish` closes them
         self.relay: Any = None  # a Relay or an Association
-        self.early = b""
-        self.idle_timeout = self.settings.idle_timeout
-        self.progress: Tuple[int, ...] = ()
+        self.progress: Any = None
         self.reply: Optional[Reply] = None
-        self.hung_up = False
+        self.early = b""
         self.end = ""
         self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
             ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
-        client = Address.of(self.client_address)
-        self.fields["client"] = client
-        self.rules = complete(self.settings.rules, client.host)
-        self.enter("handshake", self.settings.handshake_timeout)
+        self.fields["user"] = self.user
+        self.is_proxied = self.settings.is_balancer(self.client_address)
+        self.set_client(client)
+        self.start_phase("handshake", self.settings.handshake_timeout)
+        with self.server.lock:
+            self.server.sessions.add(self)
 
     def handle(self) -> None:
-        """The conversation, and the one place where failures become octets."""
-        with self.server.lock:
-            self.server.sessions.add(self)  # from here on, it keeps the deadline
+        """Hold the conversation. This is the one place that turns failures into bytes."""
         try:
+            if self.is_proxied:
+                self.meet_client()
             self.negotiate()
             request = Request.read(self.rfile)
         except ProtocolError as error:
-            self.refuse(error.answer, str(error))
+            return self.refuse(error.answer, str(error))
         except RequestError as error:
+            return self.fail_request(error)
+        self.log_level = logging.INFO
+        name = request.command_name
+        self.fields["command"], self.fields["destination"] = name, request.destination
+        try:
+            self.carry_out(request, getattr(self, "do_" + name, None))
+        except Exception as error:
             self.fail_request(error)
-        else:
-            self.serve_request(request)
 
     def finish(self) -> None:
-        """End the session: close its sockets, before ``socketserver`` ends them, and log it."""
-        self.conclude("error")
-        state = self.state()
-        self.server.forget(self, state)
+        """Close the sockets, and log the session."""
+        self.set_end("error")
+        state = dict(self.state(), end=self.end)
+        self.server.session_ended(self, state)
         super().finish()
         for sock in self.sockets:
-            if self.relay and not self.relay.complete:
-                reset_on_close(sock)
             sock.close()
-        self.log_message(logging.INFO, "session", dict(state, end=self.end))
+        self.log_message(self.log_level, "session", state)
 
-    def state(self) -> Dict[str, object]:
-        """What there is to say of the session."""
-        return dict(
-            self.fields,
-            reply=self.reply.name if self.reply is not None else "",
-            **(self.relay.counts if self.relay else {"up": 0, "down": 0}),
-            seconds="%.3f" % (time.monotonic() - self.started))
+    # -- the client, and negotiation
+
+    def set_client(self, client: Address) -> None:
+        """Set the client's address for the log, and the rules that apply to it."""
+        self.fields["client"] = client
+        self.rules = self.settings.rules_for(client.host)
+
+    def meet_client(self) -> None:
+        """Read a balancer's header; from then on, its client is the client.
+
+        A connection without a client (a health check) never counts as local.
+        """
+        client = read_proxy_header(self.rfile)
+        if client is None:
+            self.rules = self.settings.rules_for_remote
+            self.log_level = logging.DEBUG
+            return
+        self.client_address = tuple(client)
+        self.set_client(client)
+        if not self.server.verify_request(self.connection, self.client_address):
+            raise ProtocolError("rejected")
 
     def negotiate(self) -> None:
-        """Agree on a method (section 3), and have the client log in if it is that one."""
+        """Agree on a method (section 3), and let the client log in if it is that one."""
         method = self.select_method(read_methods(self.rfile))
-        if method == Method.NO_ACCEPTABLE_METHODS:
-            raise ProtocolError("no-acceptable-method", bytes([VERSION, method]))
-        self.send(bytes([VERSION, method]))
-        if method == Method.USERNAME_PASSWORD:
+        if method == 0xFF:
+            raise ProtocolError("no-acceptable-method", b"\x05\xff")
+        self.send(b"\x05%c" % method)
+        if method == 0x02:
             self.log_in()
 
     def select_method(self, offered: bytes) -> int:
-        """The method to use. Where there are users, a client must be one."""
-        method = (Method.NO_AUTHENTICATION_REQUIRED if self.settings.users is None
-                  else Method.USERNAME_PASSWORD)
-        return method if method in offered else Method.NO_ACCEPTABLE_METHODS
+        """Return the `Method` to use, given those `offered`, one byte each (section 3).
+
+        If there are users, a client must log in.
+        """
+        method = 0x00 if self.settings.users is None else 0x02
+        return method if method in offered else 0xFF
 
     def log_in(self) -> None:
-        """The exchange of RFC 1929."""
+        """Check a login (RFC 1929). The pause slows down guessing."""
         username, password = read_credentials(self.rfile)
         user = username.decode("utf-8", "surrogateescape")
         if not self.authenticate(username, password):
             self.log_message(logging.WARNING, "login failed",
                              {"client": self.fields["client"], "user": user})
-            self.enter("refusal", LOGIN_PAUSE + REFUSAL_TIMEOUT)
-            self.server.closing.wait(LOGIN_PAUSE)  # so that guessing takes its time
-            raise ProtocolError("login-failed", bytes([LOGIN_VERSION, 1]))
-        self.fields["user"] = user
-        self.send(bytes([LOGIN_VERSION, 0]))
+            self.start_phase("refusal", LOGIN_PAUSE + REFUSAL_TIMEOUT)
+            self.server.closing.wait(LOGIN_PAUSE)
+            raise ProtocolError("login-failed", b"\x01\x01")
+        self.fields["user"] = self.user = user
+        self.send(b"\x01\x00")
 
     def authenticate(self, username: bytes, password: bytes) -> bool:
-        """Whether these are a user's. An unknown user takes as long as a wrong password."""
+        """Return True if these are the credentials of a user.
+
+        An unknown user takes as long as a wrong password.
+        """
         expected = (self.settings.users or {}).get(username)
         matches = hmac.compare_digest(expected or b"", password)
         return matches and expected is not None
 
-    def serve_request(self, request: Request) -> None:
-        """Carry the request out. Exactly one reply comes of it (section 6)."""
-        self.fields.update(command=request.command_name, destination=request.destination)
+    def send(self, answer: bytes) -> None:
+        """Send a part of the negotiation."""
         try:
-            self.perform(request)
-        except Exception as error:
-            self.fail_request(error)
+            self.wfile.write(answer)
+        except OSError as error:
+            raise ProtocolError("client-left") from error
 
-    def perform(self, request: Request) -> None:
-        """Find the method for the command, ask `authorize`, and call it."""
-        command = getattr(self, "do_" + request.command_name, None)
-        if command is None or request.command in self.settings.disabled:
+    # -- the request and its reply
+
+    def carry_out(self, request: Request, method: Any) -> None:
+        """Call `method`, which is None if the command has none (section 4)."""
+        if method is None or not self.is_served(request.command):
             raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
-        if request.command != Command.UDP_ASSOCIATE:  # whose datagrams have destinations, not it
-            self.check(request.destination)
-        command(request.destination)
+        if self.user and not self.server.admit_user(self):
+            raise RequestError(Reply.NOT_ALLOWED)
+        if request.command != 0x03:  # UDP: its datagrams have destinations, the request has none
+            self.check_authorized(request.destination)
+        method(request.destination)
 
-    def check(self, destination: Address) -> None:
-        """Ask `authorize`; RequestError if it says no."""
+    def is_served(self, command: int) -> bool:
+        """Return True if `command` is enabled, and possible the way that the client came.
+
+        A peer cannot reach a path or a balancer, and datagrams need an address of this host.
+        """
+        is_possible = (
+            command == 0x01 or self.server.address_family != UNIX_FAMILY and (
+                not self.is_proxied or command == 0x03 and self.settings.udp_advertise))
+        return bool(is_possible) and command in self.settings.commands
+
+    def check_authorized(self, destination: Address) -> None:
+        """Ask `authorize`. Raises RequestError if it refuses."""
         if not self.authorize(destination):
             raise RequestError(Reply.NOT_ALLOWED)
 
-    def fail_request(self, error: Exception) -> None:
-        """Turn `error` into the reply. After a reply there is nothing left to say."""
-        foreseen = isinstance(error, (RequestError, OSError))
-        if self.reply is None:
-            self.reply = reply_for(error)
-            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if foreseen else "error")
-        elif foreseen:
-            self.conclude("client-reset")
-        if not foreseen:
-            raise error
-
     def authorize(self, destination: Address) -> bool:
-        """Whether the client may go to `destination`, as it asked for it."""
+        """Return True if the client may go to `destination`, as it was requested."""
         return True
 
+    def fail_request(self, error: Exception) -> None:
+        """Answer with the reply for `error`, unless there has been a reply."""
+        is_expected = isinstance(error, (RequestError, OSError))
+        if self.reply is None:
+            self.reply = reply_for(error)
+            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if is_expected else "error")
+        self.set_end("client-reset" if is_expected else "error")
+        if not is_expected:
+            raise error
+
+    def refuse(self, answer: bytes, end: str) -> None:
+        """Send `answer`, if there is one, and give the client time to read it.
+
+        A close() while bytes of the client are unread would send a reset, which can destroy
+        the answer on its way.
+        """
+        self.set_end(end)
+        if answer:
+            self.start_phase("refusal", REFUSAL_TIMEOUT)
+            with contextlib.suppress(OSError):
+                self.wfile.write(answer)
+                self.connection.shutdown(socket.SHUT_WR)
+                while self.phase.name == "refusal" and self.connection.recv(SMALL_BUFFER):
+                    pass
+
+    # -- commands
+
     def do_CONNECT(self, destination: Address) -> None:
-        """Connect to `destination` and relay until both sides have closed (section 4)."""
-        self.enter("connect", NEVER)  # connect() has a deadline of its own
+        """Connect to `destination`, and relay until both sides have closed (section 4)."""
+        self.start_phase("connect", NEVER)  # `connect` has a deadline of its own
         target = self.connect(destination)
-        self.adopt(target)
-        self.exchange(target, Address.of(target.getsockname()))
+        if not isinstance(target, socket.socket) or hasattr(target, "unwrap"):
+            raise TypeError("connect() returned a %s" % type(target).__name__)
+        self.own_socket(target)
+        self.relay_to(target, Address.of(target.getsockname()))
+
+    def connect(self, destination: Address) -> socket.socket:
+        """Return a socket that is connected to `destination`; the session closes it.
+
+        The default dials the permitted addresses within `connect_timeout` seconds. Raises
+        RequestError or OSError. Not for TLS sockets: two threads cannot share one, and TLS
+        has no half-close. Relay through a ``socket.socketpair()`` instead.
+        """
+        deadline = time.monotonic() + self.settings.connect_timeout
+        return dial(self.permitted(destination, deadline), deadline, self.prepare)
+
+    def prepare(self, sock: socket.socket) -> None:
+        """Own `sock`, which is about to be dialed, and bind it to the source address, if any."""
+        self.own_socket(sock)
+        source = self.settings.source
+        if source:
+            if (sock.family == socket.AF_INET6) != (":" in source):
+                raise OSError(errno.ENETUNREACH, "not of the family of the source address")
+            with contextlib.suppress(OSError):  # share ports between targets, where Linux can
+                sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((source, 0))
 
     def do_BIND(self, destination: Address) -> None:
         """Wait for `destination` to connect, and relay (section 4). There are two replies."""
-        self.enter("bind", NEVER)  # as above
+        self.start_phase("bind", NEVER)  # `accept` has a deadline of its own
         now = time.monotonic()
-        hosts = None  # any that the rules allow
+        hosts, here = None, self.connection.getsockname()  # None: any that the rules allow
         if destination.host not in ("0.0.0.0", "::"):
-            addresses = self.permitted(destination, now + self.settings.connect_timeout)
-            hosts = {Address.of(address[1]).host for address in addresses}
-        listener = self.open_here(socket.SOCK_STREAM, [0])
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        with contextlib.suppress(OSError):  # accept() notices that the client has left
+            peers = self.permitted(destination, now + self.settings.connect_timeout)
+            hosts = {Address.of(peer[1]).host for peer in peers}
+            here = self.local_address(peers[0])
+        listener = self.open_socket(socket.SOCK_STREAM, here, [0])
+        listener.listen(BIND_BACKLOG)
+        with contextlib.suppress(OSError):  # `accept` notices that the client has left
             self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
         target, peer = self.accept(listener, hosts, now + self.settings.bind_timeout)
         with self.server.lock:
             listener.close()
-        self.exchange(target, Address.of(peer))
+        self.own_socket(target)
+        self.relay_to(target, Address.of(peer))
+
+    def local_address(self, peer: SocketAddress) -> Any:
+        """Return the address from which this host reaches `peer`. Raises OSError."""
+        with socket.socket(peer[0], socket.SOCK_DGRAM) as sock:
+            sock.connect((peer[1][0], 9) + peer[1][2:])  # which sends nothing
+            return sock.getsockname()
+
+    def accept(self, listener: socket.socket, hosts: Optional[Set[str]],
+               deadline: float) -> Tuple[socket.socket, Any]:
+        """Return a connection from one of `hosts`, and the peer's address.
+
+        `hosts` is None for any host that the rules allow. Raises OSError at `deadline`, and if
+        the client leaves.
+        """
+        listener.setblocking(False)
+        with Selector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(self.connection, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                for key, _ in selector.select(seconds_until(deadline)):
+                    if key.fileobj is self.connection:
+                        self.read_early()
+                        if len(self.early) >= EARLY_LIMIT:
+                            selector.unregister(self.connection)
+                        continue
+                    with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                        target, peer = listener.accept()
+                        if self.is_expected(peer, hosts):
+                            return target, peer
+                        target.close()
+        raise socket.timeout("nobody has connected")
+
+    def read_early(self) -> None:
+        """Keep what the client says before there is a relay. Raises OSError if it has left."""
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = self.rfile.read1(EARLY_LIMIT)
+        if not data:
+            self.set_end("client-left")
+            raise ConnectionResetError
+        self.early += data
+
+    def is_expected(self, peer: Any, hosts: Optional[Set[str]]) -> bool:
+        """Return True if `peer` is one of `hosts`; if they are None, if the rules allow it."""
+        host, port = Address.of(peer)
+        if hosts is None:
+            return self.rule_for(b"", ip_number(host), port).allows
+        return host in hosts
 
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
-        """Relay datagrams (section 7); `destination` is where the client sends them from."""
-        inside, outside = self.open_here(socket.SOCK_DGRAM, self.settings.udp_ports), open_outside()
-        self.adopt(outside)
+        """Relay datagrams (section 7); the client sends them from the port of `destination`."""
+        here = self.connection.getsockname()
+        if self.is_proxied:  # the balancer has reached another address than clients can
+            here = ("::", 0, 0, 0) if ":" in str(self.settings.udp_advertise) else ("0.0.0.0", 0)
+        inside = self.open_socket(socket.SOCK_DGRAM, here, self.settings.udp_ports)
+        outside = open_outside(self.settings.source)
+        self.own_socket(outside)
         client = Address(Address.of(self.client_address).host, destination.port)
         bound = Address.of(inside.getsockname())
-        self.idle_timeout = self.settings.udp_timeout
-        self.run_relay(Association(self.connection, inside, outside, client, self.route),
+        self.run_relay(Association(self.connection, inside, outside, client, self.find_routes),
                        Address(self.settings.udp_advertise or bound.host, bound.port))
 
-    def exchange(self, target: socket.socket, bound: Address) -> None:
-        """Answer with `bound`, and relay between the client and `target`."""
-        target.setblocking(True)
-        tune(target)
-        with contextlib.suppress(OSError):  # it may be gone already
-            self.fields["reached"] = Address.of(target.getpeername())
-        self.run_relay(Relay(self.connection, target,
-                             lambda size: self.early or self.rfile.read1(size)), bound)
-
-    def run_relay(self, relay: Any, bound: Address) -> None:
-        """Answer that the request has succeeded, and relay until the end."""
-        answer = pack_reply(Reply.SUCCEEDED, bound)
-        self.relay = relay
-        self.reply = Reply.SUCCEEDED
-        self.wfile.write(answer)
-        relay.run(self.server.cache)
-        self.conclude(relay.end)
-
-    def connect(self, destination: Address) -> socket.socket:
-        """A connected socket, within ``settings.connect_timeout`` seconds; the caller closes it.
-
-        Raises RequestError, or OSError: `reply_for` turns its ``errno`` into a reply.
-        """
-        deadline = time.monotonic() + self.settings.connect_timeout
-        return dial(self.permitted(destination, deadline), deadline, self.adopt)
-
-    def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
-        """The addresses of `destination` that the rules allow; RequestError if none is left."""
-        name = plain_name(destination.host)
-        denied = self.foresee(name, destination.port) if name else None
-        passed = []
-        if not denied:
-            for address in resolve(destination, deadline):
-                rule = self.rule_for(name, address)
-                if rule.allows:
-                    passed.append(address)
-                else:
-                    denied = rule
-        if denied and not passed:
-            self.fields["rule"] = denied.text
-            raise RequestError(Reply.NOT_ALLOWED)
-        return passed
-
-    def foresee(self, name: bytes, port: int) -> Optional[Rule]:
-        """The rule that denies `name` whatever its addresses are: nobody need look it up."""
-        user = str(self.fields["user"])
-        for rule in self.rules:
-            if rule.matches(user, name, None, port):
-                if rule.allows:
-                    return None
-                if rule.network is None:
-                    return rule
-        return None
-
-    def route(self, destination: Address) -> Tuple[Any, ...]:
-        """Where datagrams for `destination` go; RequestError or OSError if nowhere."""
-        self.check(destination)
-        deadline = time.monotonic() + self.settings.connect_timeout
-        return self.permitted(destination, deadline)[0][1]
-
-    def open_here(self, kind: int, ports: Iterable[int]) -> socket.socket:
-        """A socket bound where the client has reached us, to one of `ports`."""
-        here = self.connection.getsockname()
+    def open_socket(self, kind: int, here: Any, ports: Iterable[int]) -> socket.socket:
+        """Return a socket bound to one of `ports` at the address of `here`. Raises OSError."""
         host = Address.of(here).host
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
-        self.adopt(sock)
+        self.own_socket(sock)
         for port in ports:
             with contextlib.suppress(OSError):
                 sock.bind((here[0], port, *here[2:]) if ":" in host else (host, port))
                 return sock
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
-    def accept(self, listener: socket.socket, hosts: Optional[Set[str]],
-               deadline: float) -> Tuple[socket.socket, Any]:
-        """A connection from one of `hosts`, or from any that the rules allow, and from where.
+    def relay_to(self, target: socket.socket, bound: Address) -> None:
+        """Reply with the address `bound`, and relay between the client and `target`."""
+        target.setblocking(True)
+        set_options(target, TUNED)
+        with contextlib.suppress(OSError):  # it may be gone already
+            self.fields["reached"] = Address.of(target.getpeername())
+        self.run_relay(Relay(self.connection, target, self.rfile, self.early, self.server.cpus),
+                       bound)
 
-        Raises OSError at `deadline`, and when the client leaves.
-        """
-        with AttemptSelector() as selector:
-            selector.register(listener, selectors.EVENT_READ)
-            selector.register(self.connection, selectors.EVENT_READ)
-            while time.monotonic() < deadline:
-                for key, _ in selector.select(min(LONG_WAIT, deadline - time.monotonic())):
-                    if key.fileobj is listener:
-                        accepted = self.accept_one(listener, hosts)
-                        if accepted:
-                            return accepted
-                    elif len(self.early) < EARLY_LIMIT:
-                        self.read_early()
-                    else:
-                        selector.unregister(self.connection)
-        raise socket.timeout("nobody has connected")
-
-    def accept_one(self, listener: socket.socket,
-                   hosts: Optional[Set[str]]) -> Optional[Tuple[socket.socket, Any]]:
-        """The connection that waits, and from where; None if it is gone or not wanted."""
+    def run_relay(self, relay: Any, bound: Address) -> None:
+        """Reply that the request has succeeded, and relay until the end."""
+        self.relay, self.reply = relay, Reply.SUCCEEDED
+        if self.end:  # `hang_up` came before there was a relay to stop
+            relay.stop(self.end)
         try:
-            target, peer = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
-        wanted = (Address.of(peer).host in hosts if hosts is not None
-                  else self.rule_for(b"", (socket.AF_UNSPEC, peer)).allows)
-        if not wanted:
-            target.close()
-            return None
-        self.adopt(target)
-        return target, peer
+            relay.run(self.server.threads, pack_reply(Reply.SUCCEEDED, bound))
+        except NoThreadError:
+            self.relay = self.reply = None
+            self.set_end("no-thread")
+            raise
+        self.set_end(relay.end)
 
-    def read_early(self) -> None:
-        """Keep for the relay what the client says before there is one; OSError if it has left."""
-        octets = b""
-        with contextlib.suppress(ConnectionError):
-            octets = self.rfile.read1(SMALL_BUFFER)
-        if not octets:
-            self.conclude("client-left")
-            raise ConnectionResetError
-        self.early += octets
+    # -- destinations
 
-    def rule_for(self, name: bytes, address: SocketAddress) -> Rule:
-        """The rule that decides on `name`, which is at `address`."""
-        user, (host, port) = str(self.fields["user"]), Address.of(address[1])
-        ip = parse_ip(host)
-        return next(rule for rule in self.rules if rule.matches(user, name, ip, port))
+    def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
+        """Return the addresses of `destination` that the rules allow, best first.
 
-    def send(self, octets: bytes) -> None:
-        """Send a part of the negotiation."""
-        try:
-            self.wfile.write(octets)
-        except OSError as error:
-            raise ProtocolError("client-left") from error
-
-    def refuse(self, answer: bytes, end: str) -> None:
-        """Send `answer`, if there is one, and give the client time to read it and leave.
-
-        To close while octets of the client lie unread would send a reset, which can destroy
-        the answer on its way.
+        A name is resolved by `deadline` (monotonic clock). Raises RequestError if no address is
+        left, OSError if the name cannot be resolved.
         """
-        self.conclude(end)
-        if not answer:
-            return
-        self.enter("refusal", REFUSAL_TIMEOUT)
-        with contextlib.suppress(OSError):
-            self.wfile.write(answer)
-            self.connection.shutdown(socket.SHUT_WR)
-            while not self.hung_up and self.connection.recv(SMALL_BUFFER):
-                pass
+        ip, name = parse_host(destination.host)
+        rule = self.rule_for(name, ip, destination.port)
+        if ip is not None and rule.allows:
+            family = socket.AF_INET6 if ":" in destination.host else socket.AF_INET
+            return [(family, tuple(destination))]
+        allowed = []
+        for address in self.look_up(name, destination.port, deadline) if rule.allows else ():
+            rule = self.rule_for(name, ip_number(Address.of(address[1]).host), destination.port)
+            if rule.allows:
+                allowed.append(address)
+        if not allowed:
+            self.fields["rule"] = rule.text
+            raise RequestError(Reply.NOT_ALLOWED)
+        return allowed
 
-    def adopt(self, sock: socket.socket) -> None:
-        """Make `sock` part of the session, to be woken by `hang_up` and closed at the end."""
+    def look_up(self, name: bytes, port: int, deadline: float) -> List[SocketAddress]:
+        """Ask the system's resolver; see `Resolver.look_up`."""
+        return self.server.resolver.look_up(name, port, deadline)
+
+    def rule_for(self, name: bytes, ip: Optional[int], port: int) -> Rule:
+        """Return the rule that decides for this client; see `deciding_rule`."""
+        return deciding_rule(self.rules, self.user, name, ip, port)
+
+    def find_routes(self, destination: Address) -> List[Any]:
+        """Return the addresses for datagrams to `destination`. Raises RequestError or OSError."""
+        self.check_authorized(destination)
+        deadline = time.monotonic() + self.settings.connect_timeout
+        return [address[1] for address in self.permitted(destination, deadline)]
+
+    # -- deadlines and the end
+
+    def own_socket(self, sock: socket.socket) -> None:
+        """Make `sock` part of the session: `hang_up` wakes it, `finish` closes it."""
         with self.server.lock:
             self.sockets.add(sock)
 
-    def conclude(self, end: str) -> None:
-        """Say why the session ends; what is said first stays."""
+    def set_end(self, end: str) -> None:
+        """Set the reason for the end of the session, one of ENDS, unless it is already set."""
         self.end = self.end or end
 
-    def enter(self, phase: str, seconds: float) -> None:
-        """Begin a phase of the session, or begin it anew; it may last `seconds`."""
-        self.entered = time.monotonic()
-        self.deadline = self.entered + seconds  # first: the old one may have passed
-        self.phase = phase
+    def start_phase(self, name: str, seconds: float) -> None:
+        """Start a phase, or start it anew; it may last `seconds`."""
+        now = time.monotonic() - self.server.paused
+        self.phase = Phase(name, now, now + seconds)
 
-    def check_deadline(self, now: float) -> None:
-        """Hang up if the phase has lasted too long; a relay's progress begins it anew."""
-        if self.relay and not self.hung_up and self.relay.progress() != self.progress:
+    def check_deadline(self) -> None:
+        """Hang up if the phase has lasted too long. A relay's progress starts it anew."""
+        if self.relay and self.phase.name != "closing" and self.relay.progress() != self.progress:
             self.progress = self.relay.progress()
-            if self.relay.half_closed:
-                self.enter("linger", self.settings.linger)
-            else:
-                self.enter("idle", self.idle_timeout)
-        if now >= self.deadline:
-            self.hang_up(self.phase + "-timeout")
+            self.start_phase(*self.relay.phase(self.settings))
+        if self.server.clock() >= self.phase.deadline:
+            self.hang_up(self.phase.name + "-timeout")
 
     def hang_up(self, end: str) -> None:
-        """Have the session's threads leave; called from another one, which holds the lock.
+        """Wake the threads of the session, which then end it; called from another thread.
 
-        Called again while they do not: it may have come just before they began to wait.
+        Repeat it until they have: a thread may have been about to wait on a new socket.
         """
-        self.conclude(end)
-        self.hung_up = True
-        if self.relay:  # first, or it would take the shutdown() for an end to pass on
-            self.relay.stop()
-        for sock in self.sockets:
-            wake(sock, socket.SHUT_RD)
+        self.set_end(end)
+        self.start_phase("closing", NEVER)
+        if self.relay:
+            self.relay.stop(end)
+        with self.server.lock:
+            for sock in self.sockets if self in self.server.sessions else ():
+                wake(sock, socket.SHUT_RD)
+
+    def state(self) -> Dict[str, object]:
+        """Return the fields of the session's line in the log."""
+        counts = self.relay.counts if self.relay else {"up": 0, "down": 0}
+        return dict(self.fields, reply=self.reply.name if self.reply is not None else "", **counts,
+                    seconds="%.3f" % (time.monotonic() - self.started))
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
-        """Log `event` and what is known of it, at a level of `logging`.
+        """Log `event` with `fields`, at a level of `logging`.
 
         Each value becomes one word of ASCII: nothing from the network can forge a line.
         """
-        line = event
-        for name, value in fields.items():
-            word = str(value).encode("unicode_escape").decode("ascii").replace(" ", "\\x20")
-            line += " %s=%s" % (name, word or "-")
-        log.log(level, "%s", line)
+        if log.isEnabledFor(level):
+            words = [event]
+            for name, value in fields.items():
+                words.append("%s=%s" % (name, escape(value)))
+            log.log(level, "%s", " ".join(words))
 
 
-# ---- server: who is here, and until when -------------------------------------------------
+# ---- server: accepting, limits, deadlines, closing ---------------------------------------
 
-SWEEP_INTERVAL = 0.5     # seconds between two looks at the deadlines
-CLOSING_INTERVAL = 0.05  # seconds between two calls to leave
-EXHAUSTION_PAUSE = 0.1   # seconds to wait for room for another client
+SWEEP_INTERVAL = 0.5     # seconds between two checks of the deadlines
+LATE_SWEEP = 2.0         # seconds; a sweep that is later follows a pause of the whole process
+CLOSING_INTERVAL = 0.05  # seconds between two attempts to hang up
+ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before it looks around
+EXHAUSTION_PAUSE = 0.1   # seconds before accepting is tried again
 WARNING_INTERVAL = 1.0   # seconds between two warnings of a kind
-NOTICE = 25              # a level of logging: nothing is wrong, but somebody has asked
+NOTICE = 25              # level of the log for what an operator has asked for
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 SPARE_DESCRIPTORS = 16   # for what is not a session's
+IS_LINUX = sys.platform.startswith("linux")
+ACCEPTING = seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else []
+ACCEPTED = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # accept() passes it on
 
 
 def session_limit() -> int:
-    """How many sessions this process has descriptors for: each needs two."""
+    """Return how many sessions this process has descriptors for: each needs two."""
     if sys.platform == "win32":
         return sys.maxsize
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1492,356 +1924,683 @@ def session_limit() -> int:
     return max(1, (limit - SPARE_DESCRIPTORS) // 2)
 
 
+def identify(path: str) -> Tuple[int, int]:
+    """Return the device and the inode of `path`. Raises OSError."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove the socket at `path` if nobody listens on it any more. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            probe.settimeout(1)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
+def peer_name(sock: socket.socket) -> str:
+    """Return the login name of the process behind a Unix socket, its number if it has none.
+
+    "" on a system whose kernel does not tell.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return ""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid = struct.unpack("3i", credentials)[1]
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 class Socks5Server(socketserver.ThreadingTCPServer):
     """A SOCKS5 proxy that serves each client in a thread of its own.
 
-    `server_address` is a host and a port; ``::`` serves both families. What else it takes are
-    `Settings`. Give its `settings` others at any time: sessions that are open keep theirs.
+    `server_address` is a host and a port; ``::`` listens on both families. The other arguments
+    are those of `Settings`. Assign other Settings to `settings` at any time: they apply to new
+    sessions.
 
-    ``serve_forever`` keeps the deadlines. ``server_close``, or the end of a ``with`` block,
-    ends the sessions and waits for their threads; one that waits for the system's resolver
-    cannot be woken, and takes up to `connect_timeout`.
+    ``serve_forever`` also checks the deadlines, every `poll_interval` seconds at most; leave
+    that at one second or less. ``server_close``, or the end of a ``with`` block, ends the
+    sessions and waits for their threads. A session that waits for the system's resolver cannot
+    be woken, and takes up to `connect_timeout`. `running` does all of that for you.
 
-    For thousands of sessions, do what `main` does, and this class leaves to you: raise the
-    limit on descriptors, make the threads' stacks small, and have ``sys.setswitchinterval``
-    set a long interval. A thread that waits for the interpreter wakes as often, in vain.
+    For thousands of sessions, do what `main` does and this class leaves to you: raise the limit
+    of descriptors, make the stacks of threads small, and set a long ``sys.setswitchinterval``,
+    because each thread that waits for the interpreter wakes once in this interval.
     """
 
-    allow_reuse_address = os.name == "posix"  # elsewhere it lets another take our port
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets others take the port
     request_queue_size = 1024
 
-    def __init__(self, server_address: Tuple[str, int],
+    def __init__(self, server_address: Any,
                  RequestHandlerClass: Callable[..., Any] = Socks5RequestHandler, *,
-                 bind_and_activate: bool = True, **settings: Any) -> None:
+                 bind_and_activate: bool = True, mode: int = 0o600,
+                 listener: Optional[socket.socket] = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
-        self.guests: Dict[Any, str] = {}  # hosts by socket: clients, from accepted to closed
-        self.guest_left = threading.Condition(self.lock)
+        self.connections: Dict[Any, str] = {}  # clients' hosts by socket, "" before the checks
+        self.connection_closed = threading.Condition(self.lock)
         self.totals: Dict[str, int] = collections.Counter()
-        self.cache = ThreadCache()
-        self.room = session_limit()
-        self.next_sweep = 0.0
-        self.next_warning: Dict[str, float] = {}  # by what they say
-        self.closed = False  # to clients
+        self.threads = ThreadCache()
+        self.resolver = Resolver(self.warn)
+        self.session_limit = session_limit()
+        self.cpus: Optional[Set[int]] = None  # for flows inside the kernel, if not all
+        self.next_sweep = time.monotonic()
+        self.paused = 0.0  # seconds for which the whole process stood still
+        self.warnings: Dict[str, Tuple[float, int]] = {}  # when each is due, and how many were not
+        self.is_accepting = True
         self.closing = threading.Event()
-        if ":" in server_address[0]:
+        self.mode = mode
+        self.path_owner: Any = None  # process, device and inode, if it has to be removed
+        if isinstance(server_address, str):
+            self.address_family = UNIX_FAMILY or socket.AF_INET
+        elif ":" in server_address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate and not listener)
+        self.is_inherited = listener is not None
+        if listener:
+            self.socket.close()
+            self.socket = listener
+            self.set_options()
+
+    # -- accepting
 
     def server_bind(self) -> None:
-        """Bind, to both families if the address is ``::``."""
+        """Bind the socket to an address, or to a path that has the permissions `mode`."""
         if self.server_address[0] == "::":
             with contextlib.suppress(AttributeError, OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
-        tune(self.socket)  # the clients' sockets inherit it
+        path = self.server_address if isinstance(self.server_address, str) else None
+        if path:
+            remove_stale_socket(path)
+            umask = os.umask(0o777 & ~self.mode)
+        try:
+            super().server_bind()
+        finally:
+            if path:
+                os.umask(umask)
+        if path:
+            self.path_owner = (os.getpid(), *identify(path))
+        self.set_options()
+
+    def set_options(self) -> None:
+        """Set the options of the listening socket; clients' sockets inherit them."""
+        set_options(self.socket, TUNED)
+        set_options(self.socket, ACCEPTING)
+
+    def accept_forever(self) -> None:
+        """Accept clients while `is_accepting`, then those that are queued, and stop listening.
+
+        Other processes accept on the same socket. Of all that wait in accept(), Linux wakes
+        one, in turn; of all that wait in a selector, each.
+        """
+        self.timeout = ACCEPT_TIMEOUT
+        while self.is_accepting:
+            self._handle_request_noblock() if IS_LINUX else self.handle_request()
+        if not self.is_inherited:  # or else the next server on this socket serves them
+            self.remove_path()
+            with Selector() as selector:
+                selector.register(self.socket, selectors.EVENT_READ)
+                for _ in range(self.request_queue_size):
+                    if selector.select(0):
+                        self._handle_request_noblock()
+        self.socket.close()
+
+    def remove_path(self) -> None:
+        """Remove the path that this process listens on, if it is still the same one."""
+        path: Any = self.server_address
+        with contextlib.suppress(OSError):
+            if self.path_owner and self.path_owner == (os.getpid(), *identify(path)):
+                os.unlink(path)
+
+    def _handle_request_noblock(self) -> None:
+        """Accept a client and start its session. Unlike that of ``socketserver``, never raise."""
+        try:
+            request, client_address = self.get_request()
+        except Exception:  # nobody has come, or there is no room
+            return
+        try:
+            if (self.settings.is_balancer(client_address)  # its client is not known yet
+                    or self.verify_request(request, client_address)):
+                self.process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+        except Exception:
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a client. If there is no room for it, wait: ``socketserver`` would not."""
+        """Accept a client. If descriptors are used up, pause: ``socketserver`` would spin."""
         try:
-            if len(self.guests) >= self.room:
+            if len(self.connections) >= self.session_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            return super().get_request()
-        except OSError as error:
-            if error.errno in EXHAUSTED:
-                self.warn("clients have to wait: %s", error.strerror)
+            request, client_address = super().get_request()
+        except (OSError, MemoryError) as error:
+            if getattr(error, "errno", errno.ENOMEM) in EXHAUSTED:
                 time.sleep(EXHAUSTION_PAUSE)
-            self.closed = self.closed or error.errno == errno.EINVAL  # by `stop_accepting`
-            raise
-
-    def warn(self, message: str, *args: object) -> None:
-        """Log a warning, unless one of this kind was logged just before."""
-        if time.monotonic() >= self.next_warning.get(message, 0):
-            self.next_warning[message] = time.monotonic() + WARNING_INTERVAL
-            log.warning(message, *args)
+                self.warn("out of file descriptors, not accepting: %s",
+                          getattr(error, "strerror", None) or type(error).__name__)
+            raise OSError("not accepted") from None
+        self.connections[request] = ""
+        set_options(request, ACCEPTED)
+        if self.address_family == UNIX_FAMILY:
+            client_address = UNIX + peer_name(request), 0
+        return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether to serve a client: who it is, and how many there are; if not, say why."""
+        """Return True to serve a client: its network is allowed, and no limit is reached."""
         client, settings = Address.of(client_address), self.settings
-        ip = parse_ip(client.host)
-        if settings.clients and not any(ip in network for network in settings.clients):
-            log.warning("client refused client=%s", client)
-        elif len(self.guests) >= settings.max_sessions:
-            self.warn("too many sessions client=%s", client)
-        elif (settings.max_per_client < sys.maxsize
-                and list(self.guests.values()).count(client.host) >= settings.max_per_client):
-            self.warn("too many sessions of a client client=%s", client)
-        else:
-            return True
+        ip = ip_number(client.host) if settings.clients else None
+        if ip is not None and not any(ip in network for network in settings.clients):
+            self.warn("client refused client=%s", client)
+            return False
+        with self.lock:
+            is_full = len(self.connections) > settings.max_sessions
+            of_client = 0
+            if settings.max_per_client < sys.maxsize:
+                of_client = list(self.connections.values()).count(client.host)
+            if not is_full and of_client < settings.max_per_client:
+                self.connections[request] = client.host
+                return True
+        self.warn("too many sessions client=%s" if is_full else
+                  "too many sessions of a client client=%s", client)
         return False
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a client's connection, whatever came of it."""
-        super().shutdown_request(request)
-        with self.guest_left:
-            self.guests.pop(request, None)
-            self.guest_left.notify_all()
+    def admit_user(self, session: Socks5RequestHandler) -> bool:
+        """Return True if the user of `session` has no more sessions than `max_per_user`."""
+        if session.settings.max_per_user == sys.maxsize:
+            return True
+        with self.lock:
+            count = sum(each.user == session.user for each in self.sessions)
+        if count > session.settings.max_per_user:
+            self.warn("too many sessions of a user client=%s user=%s",
+                      session.fields["client"], escape(session.user))
+        return count <= session.settings.max_per_user
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a session in a thread of its own."""
-        self.guests[request] = Address.of(client_address).host
-        self.cache.start("socks5 client %s:%d" % client_address[:2],
-                         lambda: self.process_request_thread(request, client_address))
+        """Start a session in a thread."""
+        try:
+            self.threads.start(self.process_request_thread, request, client_address)
+        except NoThreadError:
+            self.warn("no thread for a client client=%s", Address.of(client_address))
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a client's connection, however far the session came."""
+        if request.fileno() >= 0:
+            super().shutdown_request(request)
+        with self.connection_closed:
+            self.connections.pop(request, None)
+            self.connection_closed.notify_all()
+
+    # -- watching
+
+    def clock(self) -> float:
+        """Return the time in seconds by which deadlines are kept: it stops if the process does."""
+        return time.monotonic() - self.paused
+
+    def service_actions(self) -> None:
+        """Check the deadlines; ``serve_forever`` calls it often. Never raise."""
+        try:
+            late = time.monotonic() - self.next_sweep
+            if late >= 0:
+                self.next_sweep += late + SWEEP_INTERVAL
+                self.paused += late if late >= LATE_SWEEP else 0
+                self.for_each_session(Socks5RequestHandler.check_deadline)
+        except Exception as error:
+            log.error("checking deadlines failed error=%s", type(error).__name__)
+
+    def for_each_session(self, action: Callable[..., None], *args: Any) -> None:
+        """Call `action` with each session. One that fails must not keep it from the others."""
+        with self.lock:
+            sessions = list(self.sessions)
+        for session in sessions:
+            try:
+                action(session, *args)
+            except Exception as error:
+                self.warn("watching a session failed error=%s", type(error).__name__)
+
+    def session_ended(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
+        """Forget `session`, but add its numbers to the totals."""
+        with self.lock:
+            self.sessions.discard(session)
+            self.totals["sessions"] += 1
+            self.totals["up"] += state["up"]
+            self.totals["down"] += state["down"]
+            self.totals[session.end] += 1
+
+    def warn(self, message: str, *args: object) -> None:
+        """Log a warning, one of a kind in WARNING_INTERVAL seconds; the next counts the others."""
+        due, suppressed = self.warnings.get(message, (0.0, 0))
+        if time.monotonic() < due:
+            self.warnings[message] = due, suppressed + 1
+            return
+        self.warnings[message] = time.monotonic() + WARNING_INTERVAL, 0
+        if suppressed:
+            message, args = message + " suppressed=%d", (*args, suppressed)
+        log.warning(message, *args)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what nobody foresaw: its type only, its text may hold anything."""
+        """Log an unexpected exception: its type only, because its text may hold anything."""
         kind = sys.exc_info()[0] or Exception
         log.error("session failed client=%s error=%s", Address.of(client_address),
                   kind.__name__, exc_info=log.isEnabledFor(logging.DEBUG))
 
-    def service_actions(self) -> None:
-        """Hang up on the sessions past their deadline. ``serve_forever`` calls it often."""
-        now = time.monotonic()
-        if now < self.next_sweep:
-            return
-        self.next_sweep = now + SWEEP_INTERVAL
-        self.cache.forget_dead()
-        with self.lock:
-            for session in self.sessions:
-                session.check_deadline(now)
-
-    def forget(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
-        """Leave `session` alone from here on, and keep its numbers."""
-        with self.lock:
-            self.sessions.discard(session)
-            for name, number in [("sessions", 1), ("up", state["up"]), ("down", state["down"]),
-                                 (session.end, 1)]:
-                self.totals[name] += number
-
     def report(self) -> None:
-        """Log the live sessions, and the totals of those that have ended."""
+        """Log each live session, and the totals of those that have ended."""
         with self.lock:
             sessions, totals = list(self.sessions), dict(self.totals)
         for session in sessions:
-            idle = "%.3f" % (time.monotonic() - session.entered)
+            phase, idle = session.phase.name, self.clock() - session.phase.since
             session.log_message(NOTICE, "live", dict(
-                session.state(), idle=idle, phase=session.phase))
+                session.state(), idle="%.3f" % idle, phase=phase))
         log.log(NOTICE, "totals live=%d%s", len(sessions), "".join(
             " %s=%d" % total for total in totals.items()))
 
-    def stop_accepting(self) -> None:
-        """Stop listening, in all processes, and wake those that wait in accept()."""
-        self.closed = True
-        wake(self.socket, socket.SHUT_RD)
+    # -- closing
 
-    def drain(self, seconds: float) -> None:
-        """Wait until the sessions have ended, `seconds` at most. Call `shutdown` before."""
-        with self.guest_left:
-            self.guest_left.wait_for(lambda: not self.guests, seconds)
+    def drain(self, seconds: float) -> bool:
+        """Wait until no connection is left; return False if one is left after `seconds`.
+
+        Call ``shutdown`` before, or new clients keep coming.
+        """
+        with self.connection_closed:
+            return self.connection_closed.wait_for(lambda: not self.connections, seconds)
+
+    def end_sessions(self, seconds: float) -> bool:
+        """Hang up on all clients; return False if a session is left after `seconds`."""
+        self.closing.set()
+        until = time.monotonic() + seconds
+        while not self.drain(0) and time.monotonic() < until:
+            self.for_each_session(Socks5RequestHandler.hang_up, "server-closed")
+            self.drain(CLOSING_INTERVAL)
+        return self.drain(0)
 
     def server_close(self) -> None:
-        """Stop listening, end the sessions, and wait until their threads have left."""
-        self.closed = True
-        self.closing.set()
+        """Stop listening, end the sessions, and wait for their threads."""
+        self.remove_path()
         super().server_close()
-        self.cache.close()
-        while any(thread.is_alive() for thread in list(self.cache.threads)):
-            with self.lock:
-                for session in self.sessions:
-                    session.hang_up("server-closed")
-            for thread in list(self.cache.threads):
-                if thread.is_alive():
-                    thread.join(CLOSING_INTERVAL)
+        self.end_sessions(NEVER)
+        self.threads.close()
+
+    @contextlib.contextmanager
+    def running(self) -> Any:
+        """Serve in a thread for the length of a ``with`` block, and then close the server."""
+        thread = start_thread(self.serve_forever, CLOSING_INTERVAL)
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            thread.join()
+            self.server_close()
 
 
-# ---- service: what signals say to a server, and to workers that share its socket ---------
+# ---- service: signals and worker processes -----------------------------------------------
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is replaced
-WAITING_SIGNALS = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")
-                   if hasattr(signal, name)]
-SETTLED = 5.0  # seconds; a worker that dies sooner makes the next pause twice as long
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is restarted
+SETTLED = 5.0      # seconds; a worker that dies sooner makes the next pause twice as long
+LAST_RESORT = 2.0  # seconds after `drain` at which the process ends, whatever blocks
+END_NOW = 0        # what a parent tells its workers at the second signal; no signal has this number
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = {getattr(signal, name) for name in (
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)}
+IGNORED = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
+           if hasattr(signal, name)}
+SO_DOMAIN = 39  # Linux's number; the module `socket` has no name for it before 3.15
+SIGHUP, SIGUSR1 = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1"))
 
 
 def usable_cpus() -> List[int]:
-    """The CPUs that this process may run on, by number."""
+    """Return the numbers of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def stay_on_one_cpu(number: int) -> None:
-    """Run this thread, and those that it starts, on one CPU: they take turns in any case.
+def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
+    """Run this thread, and those that it starts, on one CPU; return all CPUs, None if refused.
 
-    On several CPUs, each system call of a thread is an occasion for all others to be woken
-    there and to ask for the interpreter, in vain. Flows that are busy inside the kernel ask
-    for nothing, and spread. A build without the global lock has no such turns.
+    Only one thread at a time has the interpreter. On several CPUs, each system call of a
+    thread wakes others there, which ask for the interpreter in vain. SCHED_BATCH keeps a
+    thread that a packet wakes from preempting the one that has the interpreter. A build
+    without the global lock needs neither.
     """
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if has_lock and hasattr(os, "sched_setaffinity"):
-        cpus = usable_cpus()
-        Flow.cpus = set(cpus)
-        os.sched_setaffinity(0, {cpus[number % len(cpus)]})
+    if not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    cpus = usable_cpus()
+    if run_on({cpus[number % len(cpus)]}) is None:
+        return None
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    return set(cpus)
 
 
-def accept_forever(server: Socks5Server) -> None:
-    """Accept clients on a socket that other processes accept on too.
+def write_unless_stuck(descriptor: int, text: str) -> bool:
+    """Write `text`; return False if that would block. Raises OSError.
 
-    Of all who wait in accept() for a client, the kernel wakes one, in turn; of all who wait
-    in a selector, it would wake each.
+    A pipe that poll() reports as ready takes PIPE_BUF bytes; a file takes any number.
     """
-    while not server.closed:
-        server._handle_request_noblock()  # type: ignore[attr-defined] # public but for its name
-
-
-def sweep_until_orphaned(server: Socks5Server, parent: int) -> None:
-    """Keep the deadlines of `server`. When the pipe `parent` has no writer any more, stop it."""
-    with AttemptSelector() as selector:
-        selector.register(parent, selectors.EVENT_READ)
-        while not selector.select(SWEEP_INTERVAL):
-            server.service_actions()
-    server.stop_accepting()
-    os.kill(os.getpid(), signal.SIGTERM)
-    while True:
-        server.service_actions()
-        time.sleep(SWEEP_INTERVAL)
+    data = text.encode("utf-8", "backslashreplace")
+    piece = getattr(select, "PIPE_BUF", len(data))
+    while data:
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            if not poll.poll(0):
+                return False
+        data = data[os.write(descriptor, data[:piece]):]
+    return True
 
 
 def announce(line: str) -> None:
-    """Print `line`. A full disk or a closed pipe is no reason not to serve."""
-    try:
-        print(line, flush=True)
-    except OSError:  # nor to fail at exit, when what was not written would be tried again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print `line`. A full disk or a closed or full pipe is no reason not to serve."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stdout at all
+        write_unless_stuck(sys.stdout.fileno(), line + "\n")
+
+
+def notify(state: str) -> None:
+    """Tell systemd the state of the service, if it wants to know (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+def inherited_socket() -> Optional[socket.socket]:
+    """Return the listening socket that systemd has passed, if any (sd_listen_fds(3)).
+
+    Raises OSError or ValueError if it is not a single one.
+    """
+    count, process = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_PID"))
+    if process != str(os.getpid()):
+        return None
+    if count != "1":
+        raise ValueError("systemd passed %s sockets, and not 1" % (count or "no"))
+    sock = socket.socket(fileno=3)
+    family, kind, listens = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (
+        SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN))
+    sock = socket.socket(family, fileno=sock.detach())  # CPython 3.6 takes it for IPv4
+    if kind != socket.SOCK_STREAM or not listens:
+        raise ValueError("systemd's socket is not a listening stream socket")
+    return sock
+
+
+class LogHandler(logging.Handler):
+    """Write the log to a descriptor. Lines that would block are dropped, and counted."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.dropped = 0
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line for `record`, with a traceback if it has one."""
+        moment = time.localtime(record.created)
+        trace = traceback.format_exception(*record.exc_info) if record.exc_info else []
+        return "%s.%03d%s %s %s\n" % (
+            time.strftime("%Y-%m-%dT%H:%M:%S", moment), record.msecs, time.strftime("%z", moment),
+            record.levelname, record.getMessage()) + "".join(trace)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line for `record`, and before it how many were dropped."""
+        lines = [record]
+        if self.dropped:
+            lines.insert(0, logging.LogRecord(
+                log.name, logging.WARNING, "", 0, "log lines dropped count=%d",
+                (self.dropped,), None))
+        try:
+            is_written = all(write_unless_stuck(self.descriptor, self.format(line))
+                             for line in lines)
+        except Exception:  # a full disk
+            is_written = False
+        self.dropped = 0 if is_written else self.dropped + 1
+
+
+class Worker:
+    """A worker process, as its parent sees it. `process` is 0 while there is none."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.process = 0
+        self.link: Any = None  # what the parent writes here, the worker reads
+        self.started = self.start_at = 0.0
+        self.pause = SHORTEST_PAUSE
+
+    def tell(self, word: int) -> None:
+        """Send `word`, the number of a signal or END_NOW."""
+        with contextlib.suppress(OSError):  # it has died
+            self.link.send(bytes([word]))
+
+    def has_died(self) -> bool:
+        """Return True if there is no process any more."""
+        return not self.process or os.waitpid(self.process, os.WNOHANG)[0] != 0
+
+    def plan_restart(self) -> None:
+        """Set when to start the next process: ever later, if they die at once."""
+        self.link.close()
+        now = time.monotonic()
+        if now - self.started > SETTLED:
+            self.pause = SHORTEST_PAUSE
+        log.warning("worker %d died, restarting in %g s", self.process, self.pause)
+        self.process, self.start_at = 0, now + self.pause
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
 
 class Service:
-    """A server that obeys signals, in this process, or in workers that this one keeps up.
+    """Runs a server until signals stop it, in this process or in worker processes.
 
-    The parent of workers keeps the socket open and leaves it to them: a client that is in its
-    queue when a worker dies is served by another one. Signals are blocked and waited for: one
-    that came just before a system call would be overslept, and handlers could not take locks.
-    SIGINT and SIGTERM stop accepting, and let sessions go on for `drain` seconds; the second
-    one ends them. SIGHUP takes what `read_settings` gives now. SIGUSR1 reports. SIGUSR2 is how
-    a process tells itself or its workers to end, SIGALRM how it reminds itself to try again.
+    There is one loop in each process. It reads the numbers of signals from a socket pair, into
+    which the interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which
+    their parent writes what they are to do; its end of file means that the parent has died. A
+    worker heeds only the first signal to stop: a terminal or systemd sends each signal to all
+    processes, and what it means beyond that is for the parent to decide.
+
+    The parent keeps the listening socket open, so clients that are queued when a worker dies
+    are served by the others.
     """
 
     def __init__(self, server: Socks5Server, workers: int, drain: float,
                  read_settings: Callable[[], Settings]) -> None:
-        self.server, self.wanted, self.drain = server, workers, drain
+        self.server, self.drain = server, drain
         self.read_settings = read_settings
-        self.workers: Dict[int, Tuple[int, float]] = {}  # by process: number, and when started
-        self.pause = 0.0
-        self.pipe = os.pipe()
-        self.owner, self.thread = os.getpid(), threading.get_ident()
-        self.stopping = False
+        self.workers = [Worker(number) for number in range(workers)] if workers > 1 else []
+        self.parent: Optional[socket.socket] = None  # in a worker
+        self.acceptor: Optional[threading.Thread] = None  # in a process that serves
+        self.end_at = NEVER
         self.has_terminal = os.isatty(0)
-        self.signals = {signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM, *WAITING_SIGNALS}
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self.signals.add(signal.SIGINT)
 
     def run(self, greeting: str) -> None:
-        """Announce `greeting` as soon as signals are obeyed, and serve until they end it."""
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # or it would be dropped
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        """Print `greeting` once signals are obeyed, and serve until they end it."""
+        self.catch_signals()
+        log.info("%s", greeting)
         announce(greeting)
-        if self.wanted == 1:
-            self.work(os.getpid())
-        else:
-            self.start_missing()
-            self.obey()
+        notify("READY=1")
+        if not self.workers:
+            self.start_serving(os.getpid())
+        self.run_loop()
 
-    def work(self, number: int) -> None:
-        """Serve in this process, after `pause` seconds, on a CPU by `number`."""
-        self.wanted = 0
-        stay_on_one_cpu(number)
-        for thread in (threading.Timer(self.pause, accept_forever, (self.server,)),
-                       threading.Thread(target=sweep_until_orphaned,
-                                        args=(self.server, self.pipe[0]))):
-            thread.daemon = True
-            thread.start()
-        self.obey()
+    def catch_signals(self) -> None:
+        """Have the numbers of signals written into a socket pair of this process."""
+        self.signals, ours = socket.socketpair()
+        ours.setblocking(False)
+        signal.set_wakeup_fd(ours.detach())
+        for number in SIGNALS:
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.arm_last_resort)
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, self.exit_if_overdue)
+
+    def arm_last_resort(self, number: int, frame: Any) -> None:
+        """Make sure that the process ends, whatever blocks the loop."""
+        if number in STOP_SIGNALS and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, min(self.drain, 1e6) + LAST_RESORT)
+
+    def exit_if_overdue(self, number: int, frame: Any) -> None:
+        """Exit without waiting for anything, if the process should have ended by now."""
+        if time.monotonic() >= self.end_at:
+            os._exit(0)
+
+    def start_serving(self, number: int) -> None:
+        """Accept clients in this process, on a CPU chosen by `number`."""
+        self.server.cpus = stay_on_one_cpu(number)
+        self.acceptor = start_thread(self.server.accept_forever)
+
+    def run_loop(self) -> None:
+        """Obey signals, check deadlines and restart workers until there is nothing left to do."""
+        with Selector() as selector:
+            selector.register(self.signals, selectors.EVENT_READ, self.obey_signal)
+            if self.parent:
+                selector.register(self.parent, selectors.EVENT_READ, self.obey_parent)
+            while not self.is_done():
+                try:
+                    self.look_after_workers()
+                    self.server.service_actions()
+                    for key, _ in selector.select(self.interval()):
+                        self.read_numbers(selector, key)
+                except Exception as error:
+                    self.server.warn("service failed error=%s", type(error).__name__)
+                    time.sleep(EXHAUSTION_PAUSE)
+        if not self.server.end_sessions(LAST_RESORT / 2):
+            os._exit(0)  # a thread is stuck, and the interpreter could wait for it
         self.server.server_close()
 
-    def obey(self) -> None:
-        """Carry out what signals say, until there is nothing left to serve."""
-        while True:
-            number = signal.sigwait(self.signals)
-            if number in (signal.SIGCHLD, signal.SIGALRM):
-                self.replace_dead()
-            elif number == signal.SIGUSR1:
-                self.pass_on(number) if self.workers else self.server.report()
-            elif number == signal.SIGHUP and os.isatty(0) == self.has_terminal:
-                self.reload()
-            elif number == signal.SIGUSR2:
-                return
-            elif not self.stopping:
-                self.stop()
-            elif os.getppid() != self.owner:  # or else it is the parent who decides
-                self.end()
+    def interval(self) -> float:
+        """Return the seconds until the loop looks again at what no descriptor announces."""
+        is_waiting = self.end_at < NEVER or not all(worker.process for worker in self.workers)
+        return CLOSING_INTERVAL if is_waiting else SWEEP_INTERVAL
 
-    def reload(self) -> None:
-        """Take new settings, here and in the workers, if they are right."""
+    def read_numbers(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+        """Obey the numbers that can be read; an end of file is a SIGTERM of the parent."""
+        source: Any = key.fileobj
+        numbers = source.recv(1024)
+        if not numbers:
+            selector.unregister(source)
+        for number in numbers or [signal.SIGTERM]:
+            key.data(number)
+
+    def is_done(self) -> bool:
+        """Return True if the service has been stopped and nothing is left to wait for."""
+        if self.end_at == NEVER or self.workers:
+            return False
+        if self.acceptor is None or time.monotonic() >= self.end_at:
+            return True
+        return not self.acceptor.is_alive() and not self.server.connections
+
+    # -- what to obey
+
+    def obey_signal(self, number: int) -> None:
+        """Obey a signal to this process, and pass it on to the workers."""
+        if number == SIGHUP and os.isatty(0) != self.has_terminal:
+            number = signal.SIGTERM  # the terminal is gone, like that of an ssh connection
+        if number in STOP_SIGNALS:
+            if self.end_at == NEVER:
+                self.stop()
+            elif not self.parent:
+                self.end_now()
+        elif not self.parent:
+            self.obey(number)
+
+    def obey_parent(self, number: int) -> None:
+        """Obey what the parent says."""
+        if number == END_NOW:
+            self.end_now()
+        elif number not in STOP_SIGNALS:
+            self.obey(number)
+        elif self.end_at == NEVER:
+            self.stop()
+
+    def obey(self, number: int) -> None:
+        """Reload or report, here and in the workers."""
+        if number == SIGUSR1 and not self.workers:
+            self.server.report()
+        if number == SIGHUP and not self.parent:
+            notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        if number == SIGUSR1 or number == SIGHUP and self.reload():
+            for worker in self.workers:
+                worker.tell(number)
+        if number == SIGHUP and not self.parent:
+            notify("READY=1")
+
+    def reload(self) -> bool:
+        """Read the settings again; return True if they are valid."""
         try:
             self.server.settings = self.read_settings()
-        except (OSError, ValueError, RecursionError, SystemExit) as error:  # the last by --help
-            log.warning("settings are as before: %s", error)
-        else:
-            log.log(NOTICE, "settings have been read again")
-            self.pass_on(signal.SIGHUP)
+        except (OSError, ValueError, TypeError, RecursionError, SystemExit) as error:  # by --help
+            log.warning("reload failed, keeping the current settings: %s", describe(error))
+            return False
+        log.log(NOTICE, "settings reloaded")
+        return True
 
     def stop(self) -> None:
-        """Stop accepting, and end when the sessions have, or the workers."""
-        self.stopping = self.server.closed = True
-        if os.getpid() == self.owner:  # a worker that is to end alone leaves the socket to others
-            self.server.stop_accepting()
-            announce("Interrupted, ending.")
-        self.pass_on(signal.SIGTERM)
-        if not self.workers:
-            threading.Thread(target=self.end_when_drained, daemon=True).start()
+        """Stop accepting, and let the sessions go on for `drain` seconds."""
+        self.end_at = time.monotonic() + self.drain
+        self.server.is_accepting = False
+        if not self.parent:
+            announce("Shutting down.")
+            notify("STOPPING=1")
+            log.info("shutting down")
+        if self.workers:
+            self.server.remove_path()
+            self.server.socket.close()
+        for worker in self.workers:
+            worker.tell(signal.SIGTERM)
 
-    def end_when_drained(self) -> None:
-        """End this process when no session is left, or no time."""
-        self.server.drain(self.drain)
-        self.end()
+    def end_now(self) -> None:
+        """End the sessions, here and in the workers."""
+        self.end_at = time.monotonic()
+        for worker in self.workers:
+            worker.tell(END_NOW)
 
-    def end(self) -> None:
-        """End at once: the workers, and this process after them."""
-        self.pass_on(signal.SIGUSR2)
-        if not self.workers:
-            signal.pthread_kill(self.thread, signal.SIGUSR2)
+    # -- workers
 
-    def pass_on(self, number: int) -> None:
-        """Send the signal to the workers."""
-        for process in self.workers:
-            os.kill(process, number)
-
-    def replace_dead(self) -> None:
-        """Start a worker for each that has died; if one has not lived long, after a pause."""
-        dead = [process for process in self.workers if os.waitpid(process, os.WNOHANG)[0]]
-        started = [self.workers.pop(process)[1] for process in dead]
-        if self.stopping:
-            if dead and not self.workers:
-                self.end()
+    def look_after_workers(self) -> None:
+        """Start the workers that are missing. At the end, kill those that are stuck."""
+        now = time.monotonic()
+        if self.end_at < NEVER:
+            self.workers = [worker for worker in self.workers if not worker.has_died()]
+            for worker in self.workers if now >= self.end_at + 0.75 * LAST_RESORT else ():
+                os.kill(worker.process, signal.SIGKILL)
             return
-        if dead:
-            settled = time.monotonic() - max(started) > SETTLED
-            self.pause = SHORTEST_PAUSE if settled else min(
-                max(2 * self.pause, SHORTEST_PAUSE), LONGEST_PAUSE)
-            log.warning("worker %s has died: starting another in %g s",
-                        ", ".join(map(str, dead)), self.pause)
-        self.start_missing()
+        for worker in self.workers:
+            if worker.process and worker.has_died():
+                worker.plan_restart()
+            if not worker.process and now >= worker.start_at:
+                try:
+                    self.start_worker(worker)
+                except OSError as error:
+                    self.server.warn("cannot start a worker: %s", error.strerror)
+                    worker.start_at = now + LONGEST_PAUSE
 
-    def start_missing(self) -> None:
-        """Start the workers that there should be, and try later if the system has no room."""
-        running = {number for number, _ in self.workers.values()}
-        for number in sorted({*range(self.wanted)} - running):
-            try:
-                self.start_worker(number)
-            except OSError as error:
-                log.warning("no worker can be started: %s", error.strerror)
-                signal.alarm(int(LONGEST_PAUSE))
-
-    def start_worker(self, number: int) -> None:
-        """Start a worker; OSError if there is no room for another process."""
-        process = os.fork()
-        if process:
-            self.workers[process] = number, time.monotonic()
-            return
+    def start_worker(self, worker: Worker) -> None:
+        """Fork a worker process. Raises OSError if the system has no room for it."""
+        theirs, ours = socket.socketpair()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child would write into our pair
         try:
-            os.close(self.pipe[1])
-            self.workers.clear()
-            self.work(self.owner + number)
+            worker.process = os.fork()
+            if not worker.process:
+                self.become_worker(worker.number, theirs, ours)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            theirs.close()
+        worker.link, worker.started = ours, time.monotonic()
+
+    def become_worker(self, number: int, parent: socket.socket, ours: socket.socket) -> None:
+        """Serve in the process that has just been forked, and exit."""
+        try:
+            for sock in [ours] + [worker.link for worker in self.workers if worker.process]:
+                sock.close()
+            self.signals.close()
+            self.workers, self.parent = [], parent
+            self.catch_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self.start_serving(number)
+            self.run_loop()
         except Exception as error:
             log.error("worker failed error=%s", type(error).__name__,
                       exc_info=log.isEnabledFor(logging.DEBUG))
@@ -1851,28 +2610,67 @@ class Service:
 
 # ---- command line ------------------------------------------------------------------------
 
-SETTINGS = list(Settings.__init__.__kwdefaults__ or ())  # the options are named alike
-STACK_SIZE = 256 * 1024  # octets, for each thread
-SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes as often
+HOST, PORT = "127.0.0.1", 1080
+STACK_SIZE = 256 * 1024  # bytes, for each thread
+SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes that often
+DEFAULTS: Dict[str, Any] = dict(Settings.__init__.__kwdefaults__ or {})
+COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?:^|\s)#.*""")  # outside quotes
+
+
+def describe(error: BaseException) -> str:
+    """Return what `error` says to a user, without the number that OSError has before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
+    return str(error)
 
 
 class Parser(argparse.ArgumentParser):
-    """Options, from @FILE too, as a shell would read them; ValueError for what makes no sense."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> List[str]:
-        return shlex.split(re.sub(r"(^|\s)#.*", "", arg_line))
+    """A parser that raises ValueError for a usage error, and reads options from files."""
 
     def error(self, message: str) -> Any:
+        """Raise ValueError."""
         raise ValueError(message)
+
+    def parse(self, arguments: List[str]) -> argparse.Namespace:
+        """Return the options in `arguments`, with those of each @FILE in its place."""
+        return self.parse_args(self.expand(arguments))
+
+    def expand(self, arguments: List[str]) -> List[str]:
+        """Return `arguments` with the content of each @FILE in its place."""
+        expanded: List[str] = []
+        for argument in arguments:
+            self.check_option(argument)
+            expanded += self.read_file(argument[1:]) if argument.startswith("@") else [argument]
+        return expanded
+
+    def read_file(self, path: str) -> List[str]:
+        """Return the arguments in the file. An error names the line."""
+        arguments: List[str] = []
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    arguments += self.expand(
+                        shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
+                except ValueError as error:
+                    raise ValueError("%s, line %d: %s" % (path, number, error)) from None
+        return arguments
+
+    def check_option(self, word: str) -> None:
+        """Raise ValueError if `word` is an unknown option: it would shift what comes after it."""
+        unknown: List[str] = []
+        with contextlib.suppress(ValueError):  # a known option lacks its argument
+            unknown = self.parse_known_args([word])[1] if word.startswith("-") else []
+        if unknown:
+            self.error("unknown option %s" % word.partition("=")[0])
 
 
 def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
-    """`convert`, for argparse. What is no number is not quoted: it might be a password."""
+    """Return a type for argparse. What is not a number may be a password: do not quote it."""
     def converted(text: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= convert(text) <= most:
                 return convert(text)
-        raise argparse.ArgumentTypeError("not a number in %g to %g" % (least, most))
+        raise argparse.ArgumentTypeError("not a number from %g to %g" % (least, most))
     return converted
 
 
@@ -1880,12 +2678,27 @@ amount = number(int, 1, 1e6)
 seconds = number(float, 0.001, 1e9)
 
 
+def port_number(text: str) -> int:
+    """A port, for argparse."""
+    if "." in text or ":" in text:
+        raise argparse.ArgumentTypeError(
+            "this is the port alone; the address goes before it: socks5.py -b ADDRESS PORT")
+    return int(number(int, 0, 65535)(text))
+
+
+def no_such_option(text: str) -> int:
+    """The error for an option that others have for the port, for argparse."""
+    raise argparse.ArgumentTypeError("the port is an argument of its own: socks5.py 1080")
+
+
 def port_range(text: str) -> Iterable[int]:
-    """FIRST-LAST, for argparse."""
-    first, last = map(number(int, 1, 65535), text.split("-"))
-    if first > last:
-        raise argparse.ArgumentTypeError("%s has no ports" % text)
-    return range(first, last + 1)
+    """FIRST-LAST or a single port, for argparse."""
+    first, _, last = text.partition("-")
+    port = number(int, 1, 65535)
+    ports = range(port(first), port(last or first) + 1)
+    if not ports:
+        raise argparse.ArgumentTypeError("the first port is behind the last one")
+    return ports
 
 
 def worker_count(text: str) -> int:
@@ -1893,152 +2706,214 @@ def worker_count(text: str) -> int:
     return len(usable_cpus()) if text == "auto" else int(amount(text))
 
 
-def add_permissions(add: Callable[..., Any]) -> None:
-    """Who may come, where they may go, and how many."""
-    add("--users", metavar="FILE",
-        help="serve the users in FILE only, which has a line name:password for each")
-    add("--client", metavar="NETWORK", dest="clients", action="append", default=[],
-        help="serve the clients in NETWORK only, and in those of further --client")
-    add("--open", action="store_true", help="serve everybody who can reach ADDRESS")
-    add("--allow", metavar="RULE", dest="rules", action="append", type="allow {}".format,
-        default=[], help="let clients go to RULE, which is [USER@]HOST[:PORT[-PORT]]; of --allow "
-        "and --deny, the first that matches decides, and with any --allow the rest is denied")
-    add("--deny", metavar="RULE", dest="rules", action="append", type="deny {}".format,
-        help="do not let clients go to RULE")
+def file_mode(text: str) -> int:
+    """Permissions in octal, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= int(text, 8) <= 0o777:
+            return int(text, 8)
+    raise argparse.ArgumentTypeError("not permissions like 0660")
+
+
+def bind_address(text: str) -> str:
+    """An address or a path to listen on, for argparse."""
+    if "/" in text:
+        return text
+    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    if ip_number(address) is None and port.isdigit() and host:
+        raise argparse.ArgumentTypeError(
+            "%s: the port is an argument of its own: socks5.py -b %s %s" % (text, host, port))
+    return address
+
+
+TIMEOUTS = [
+    ("--handshake-timeout", "from accepting a client to its complete request"),
+    ("--connect-timeout", "to resolve and reach a destination"),
+    ("--idle-timeout", "without data in either direction"),
+    ("--linger", "without data, once one side has closed"),
+    ("--bind-timeout", "for BIND to wait for a connection"),
+    ("--udp-timeout", "without datagrams in either direction")]
+
+
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for who may connect, and where to."""
+    add = parser.add_argument_group("who may use it").add_argument
+    add("--users", metavar="FILE", help="require a login; FILE has a line name:password per user")
+    add("--client", metavar="NETWORK", dest="clients", action="append",
+        help="accept clients from NETWORK only; repeatable")
+    add("--open", action="store_true", help="let everybody use a proxy that others can reach")
+    add("--proxy-from", metavar="NETWORK", action="append",
+        help="expect a PROXY header from balancers in NETWORK; repeatable")
     add("--max-sessions", metavar="N", type=amount,
-        help="sessions at a time, in each worker; who comes then is closed at once "
-        "(default: what there are descriptors for, and who comes then waits)")
+        help="reject connections above N, in each worker (default: the descriptor limit; further "
+        "connections queue)")
     add("--max-per-client", metavar="N", type=amount,
-        help="the same, for each client's address (default: any number)")
-
-
-def add_times(add: Callable[..., Any]) -> None:
-    """How long things may take."""
-    add("--connect-timeout", metavar="S", type=seconds, default=10.0,
-        help="seconds to find and reach a target (default: %(default)g)")
-    add("--handshake-timeout", metavar="S", type=seconds, default=10.0,
-        help="seconds for a client to say what it wants (default: %(default)g)")
-    add("--idle-timeout", metavar="S", type=seconds,
-        help="seconds without progress that end a session (default: never)")
-    add("--linger", metavar="S", type=seconds, default=60.0,
-        help="the same once a side has closed (default: %(default)g)")
-    add("--bind-timeout", metavar="S", type=seconds, default=60.0,
-        help="seconds for BIND to wait for a connection (default: %(default)g)")
-    add("--udp-timeout", metavar="S", type=seconds, default=300.0,
-        help="seconds without datagrams that end an association (default: %(default)g)")
-    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
-        help="seconds for which sessions may go on after a signal to stop (default: %(default)g)")
+        help="the same for each client address (default: no limit)")
+    add("--max-per-user", metavar="N", type=amount,
+        help="refuse requests of a user with more than N sessions (default: no limit)")
+    add = parser.add_argument_group("where they may go").add_argument
+    add("--allow", metavar="RULE", dest="rules", action="append", type="allow {}".format,
+        help="allow RULE, [USER@]HOST[:PORT[-PORT]]; the first --allow or --deny that matches "
+        "decides, and with any --allow, the rest is denied")
+    add("--deny", metavar="RULE", dest="rules", action="append", type="deny {}".format,
+        help="deny RULE")
+    add("--commands", metavar="LIST", type=lambda text: text.split(","),
+        help="SOCKS commands to serve (default: %s)" % ",".join(COMMANDS))
+    add("--source", metavar="ADDRESS",
+        help="address to dial targets from (default: the system chooses)")
 
 
 def make_parser() -> Parser:
-    """The command line."""
+    """Return the parser of the command line. Defaults of settings are those of `Settings`."""
     parser = Parser(
         prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
-        epilog="@FILE stands for the options in FILE, one a line; # begins a comment.",
-        fromfile_prefix_chars="@", allow_abbrev=False)
-    add = parser.add_argument
-    add("port", nargs="?", type=number(int, 0, 65535), default=1080,
-        help="port to serve on, 0 for any that is free (default: %(default)s)")
+        epilog="@FILE stands for the options in FILE, one per line; # starts a comment.",
+        allow_abbrev=False)
+    parser.set_defaults(**dict(DEFAULTS, rules=[], clients=[], proxy_from=[]))
+    add: Any = parser.add_argument
     add("--version", action="version", version="socks5.py " + __version__)
-    add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
-        help="address to serve on, 0.0.0.0 for all of IPv4, :: for all (default: %(default)s)")
-    add_permissions(add)
-    add_times(add)
-    add("--udp-ports", metavar="FIRST-LAST", type=port_range, default=(0,),
-        help="ports for the clients' datagrams (default: any that is free)")
-    add("--udp-advertise", metavar="ADDRESS",
-        help="address to which clients are to send datagrams (default: where they connected)")
-    add("--commands", metavar="LIST", default=",".join(COMMANDS),
-        help="commands to serve (default: %(default)s)")
+    add("-p", "--port", type=no_such_option, help=argparse.SUPPRESS)
+    add = parser.add_argument_group("serving").add_argument
+    add("port", nargs="?", type=port_number,
+        help="port to listen on; 0 picks a free one (default: %d)" % PORT)
+    add("-b", "--bind", metavar="ADDRESS", type=bind_address,
+        help="address to listen on; 0.0.0.0 is all IPv4, :: is everything, and PATH with a slash "
+        "is a Unix socket (default: %s)" % HOST)
+    add("--mode", metavar="MODE", type=file_mode, default=0o600,
+        help="permissions of a Unix socket (default: 0600)")
     add("--workers", metavar="N", type=worker_count, default=1,
-        help="processes to serve with, auto for one on each CPU (default: %(default)s)")
-    volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", dest="level", action="store_const", default=logging.INFO,
-                        const=NOTICE, help="log what is wrong, but not each session")
-    volume.add_argument("-v", "--verbose", dest="level", action="store_const",
-                        const=logging.DEBUG, help="log tracebacks too")
+        help="processes that serve; auto is one per CPU (default: %(default)s)")
+    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
+        help="seconds for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
+    add_access_options(parser)
+    add = parser.add_argument_group("timeouts in seconds").add_argument
+    for option, meaning in TIMEOUTS:
+        add(option, metavar="S", type=seconds, help=meaning + " (default: %(default)s)")
+    add = parser.add_argument_group("datagrams").add_argument
+    add("--udp-ports", metavar="FIRST-LAST", type=port_range,
+        help="ports that clients send datagrams to (default: any free port)")
+    add("--udp-advertise", metavar="ADDRESS",
+        help="address that clients send datagrams to (default: where they connected)")
+    add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
+    add("-q", "--quiet", dest="level", action="store_const", const=NOTICE, default=logging.INFO,
+        help="do not log sessions")
+    add("-v", "--verbose", dest="level", action="store_const", const=logging.DEBUG,
+        help="log tracebacks")
     return parser
 
 
-def raise_descriptor_limit() -> None:
-    """Take all the descriptors that we may have: a session needs two."""
+def is_open(args: argparse.Namespace, address: Any) -> bool:
+    """Return True if clients that nobody knows can use a server at `address` without a login."""
+    if isinstance(address, str):
+        with contextlib.suppress(OSError, ValueError):  # no path, or none in the file system
+            return bool(os.stat(address).st_mode & 0o006)
+        return bool(args.mode & 0o006) or address.startswith("\0")
+    return not args.clients and (bool(args.proxy_from) or not is_loopback(address[0]))
+
+
+def read_settings(args: argparse.Namespace, address: Any) -> Settings:
+    """Return the settings of `args`, and of the files that they name, for a server at `address`.
+
+    Raises OSError, or ValueError if they are invalid or leave the server open by mistake.
+    """
+    users = None if args.users is None else load_users(args.users)
+    if users is not None and os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
+        log.warning("%s is world-readable: chmod o-r %s", args.users, args.users)
+    if users is None and not args.open and is_open(args, address):
+        where = ascii(address)[1:-1] if isinstance(address, str) else address[0]
+        raise ValueError("refusing to listen on %s without access control: "
+                         "add --users, --client or --open" % where)
+    settings = Settings(**dict({name: getattr(args, name) for name in DEFAULTS}, users=users))
+    for rule in settings.rules:
+        check_rule(rule, users, isinstance(address, str))
+    return settings
+
+
+def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) -> None:
+    """Raise ValueError if nobody checks the user of `rule`, and log what may be a mistake."""
+    if users is None and rule.user and is_path:
+        if not hasattr(socket, "SO_PEERCRED"):
+            raise ValueError("%s: without --users, this system tells no user" % rule.text)
+    elif rule.user and rule.user not in (users or {}):
+        if rule.allows:
+            raise ValueError("%s: no such user" % rule.text)
+        log.warning("%s: no such user", rule.text)
+    host = rule.text.rpartition("@")[2].partition(":")[2]
+    if host.count(":") > 1 and "[" not in host and host.rpartition(":")[2].isdigit():
+        log.warning("%s is for an IPv6 address and all ports; with a port, write [ADDRESS]:PORT",
+                    rule.text)
+
+
+def prepare_process(level: int) -> None:
+    """Set up the log, and what a process with thousands of threads needs."""
+    logging.addLevelName(NOTICE, "NOTICE")
+    handlers = [LogHandler(sys.stderr.fileno())] if sys.stderr else [logging.NullHandler()]
+    logging.basicConfig(level=level, handlers=handlers)
+    threading.stack_size(STACK_SIZE)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     if sys.platform != "win32":
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with contextlib.suppress(OSError, ValueError):  # macOS promises more than it grants
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def read_settings(args: argparse.Namespace) -> Settings:
-    """The settings of `args`, and of the files that they name.
-
-    Raises OSError, or ValueError if they make no sense, or would serve everybody unasked.
-    """
-    users = None
-    if args.users is not None:
-        users = load_users(args.users)
-        if os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
-            log.warning("others can read %s: chmod o-r it", args.users)
-    if users is None and not args.clients and not args.open and not is_loopback(args.bind):
-        raise ValueError(
-            "on %s everybody could use this proxy: name your users with --users FILE, or your "
-            "clients with --client NETWORK, or say --open if that is what you want" % args.bind)
-    named_alike = {name: getattr(args, name) for name in SETTINGS}
-    settings = Settings(**dict(named_alike, users=users, commands=args.commands.split(",")))
-    for rule in settings.rules:
-        if rule.user and rule.user not in (users or {}):
-            raise ValueError("%r: there is no such user" % rule.text)
-    return settings
-
-
-def serve(args: argparse.Namespace, settings: Settings,
-          read_again: Callable[[], Settings]) -> int:
-    """Serve until a signal comes; the exit status."""
+def open_server(address: Any, mode: int, listener: Optional[socket.socket]) -> Socks5Server:
+    """Return a server that listens. Raises SystemExit if it cannot."""
     try:
-        server = Socks5Server((args.bind, args.port))
-    except (OSError, TypeError, ValueError) as error:  # the last two for what is no address
-        print("socks5.py: cannot serve on %s port %d: %s" % (
-            ascii(args.bind)[1:-1], args.port, getattr(error, "strerror", None) or error),
-            file=sys.stderr)
-        return 1
-    server.settings = settings
+        return Socks5Server(address, mode=mode, listener=listener)
+    except (OSError, TypeError, ValueError, OverflowError) as error:  # bad addresses, too
+        where = address if isinstance(address, str) else "%s port %d" % address
+        print("socks5.py: cannot listen on %s: %s" % (ascii(where)[1:-1], describe(error)),
+              file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) -> Any:
+    """Return the address to listen on: a path, or a host and a port. Raises ValueError."""
+    if listener and (args.bind is not None or args.port is not None):
+        raise ValueError("systemd passed a socket: do not give an address or a port")
+    if listener:
+        name = listener.getsockname()
+        return os.fsdecode(name) if isinstance(name, bytes) else name  # Linux's abstract names
+    if "/" in (args.bind or ""):
+        if args.port is not None:
+            raise ValueError("%s is a path: do not give a port" % args.bind)
+        return args.bind
+    return HOST if args.bind is None else args.bind, PORT if args.port is None else args.port
+
+
+def greet(server: Socks5Server) -> str:
+    """Return the first line of output: where the server listens, and what to paste."""
+    if isinstance(server.server_address, str):
+        path = os.path.abspath(server.server_address)
+        return ("Serving SOCKS5 on %s (curl -x socks5h://localhost%s, ssh -L 1080:%s HOST) ..."
+                % (server.server_address, path, path))
     address = Address.of(server.server_address)
-    greeting = "Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address)
-    with server:
-        if hasattr(signal, "pthread_sigmask"):
-            Service(server, args.workers, args.drain, read_again).run(greeting)
-            return 0
-        announce(greeting)
-        if args.workers > 1:
-            log.warning("this system has no fork(): serving with one worker")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            server.socket.close()
-            server.drain(args.drain)
-    return 0
+    return "Serving SOCKS5 on %s port %d (socks5h://%s) ..." % (*address, address)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command, in a process of its own; its exit status."""
-    parser = make_parser()
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, WAITING_SIGNALS)  # until there is a server
+    """Run the command in a process of its own; return the exit status."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)  # until the service catches them
+    parser, arguments = make_parser(), sys.argv[1:] if argv is None else argv
     try:
-        args = parser.parse_args(argv)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.level)
-        logging.addLevelName(NOTICE, "NOTICE")
-        logging.raiseExceptions = False  # a log that cannot be written stops nobody
-        settings = read_settings(args)
-    except (OSError, ValueError, RecursionError) as error:
-        argparse.ArgumentParser.error(parser, str(error))
-    raise_descriptor_limit()
-    threading.stack_size(STACK_SIZE)
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    fixed = {"bind": args.bind, "port": args.port}  # where it serves, whatever a file says later
-    with contextlib.suppress(KeyboardInterrupt):
-        return serve(args, settings, lambda: read_settings(argparse.Namespace(
-            **dict(vars(parser.parse_args(argv)), **fixed))))
+        args = parser.parse(arguments)
+        prepare_process(args.level)
+        listener = inherited_socket()
+        address = choose_address(args, listener)
+        settings = read_settings(args, address)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        print("socks5.py: error: %s\nsee socks5.py --help" % describe(error), file=sys.stderr)
+        return 2
+    if args.workers > 1 and not hasattr(os, "fork"):
+        log.warning("this system has no fork(): serving with one worker")
+        args.workers = 1
+    server = open_server(address, args.mode, listener)
+    server.settings = settings
+    Service(server, args.workers, args.drain,
+            lambda: read_settings(parser.parse(arguments), address)).run(greet(server))
     return 0
 
 
