@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""An echo server, to try a proxy with: what it is sent comes back. And a load, to measure one.
+"""An echo server to try a proxy with, and a load to measure a proxy with.
 
     python3 echo_server.py                              # TCP and UDP on 127.0.0.1:7777
     python3 echo_server.py --through 127.0.0.1:1080     # measure the SOCKS5 proxy there
 
-A TCP client is echoed to until it has finished sending, and then hung up on, so that a
-half-close can be watched on its way there and back. A UDP datagram is sent back as it came.
+The server sends back what it receives. It closes a TCP connection when the client has finished
+sending, so that a half-close shows on its way there and back.
 
-Measuring starts an echo server of its own, and does the same work through the proxy and
-directly, each octet checked. The password of --user comes from $SOCKS5_PASSWORD or a prompt.
+A measurement starts an echo server of its own on this host, applies the same load through the
+proxy and directly, and checks each byte. The password for --user comes from $SOCKS5_PASSWORD
+or from a prompt.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import getpass
+import json
 import os
 import signal
 import socket
@@ -24,368 +25,370 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
-BUFFER = 64 * 1024  # octets
-PROCESSES = os.cpu_count() or 1  # one Python could not keep a proxy busy
+BLOCK = 64 * 1024  # bytes
 
 
 class EchoRequestHandler(socketserver.BaseRequestHandler):
-    """One TCP client."""
+    """Serve one TCP client."""
 
     def handle(self) -> None:
-        """Echo until the client's end, or until it is gone."""
+        """Send back what arrives until the client has finished sending."""
         with contextlib.suppress(OSError):
-            for octets in iter(lambda: self.request.recv(BUFFER), b""):
-                self.request.sendall(octets)
+            for data in iter(lambda: self.request.recv(BLOCK), b""):
+                self.request.sendall(data)
 
 
 class EchoServer(socketserver.ThreadingTCPServer):
-    """Echoes over TCP."""
+    """Echo over TCP, with a thread for each client."""
 
     allow_reuse_address = os.name == "posix"
     daemon_threads = True
     request_queue_size = 1024
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print one line if no thread can be started for a client."""
+        complain("client rejected: %s" % sys.exc_info()[1])
+
 
 class DatagramRequestHandler(socketserver.BaseRequestHandler):
-    """One UDP datagram."""
+    """Serve one UDP datagram."""
 
     def handle(self) -> None:
         """Send it back."""
-        octets, sock = self.request
+        data, sock = self.request
         with contextlib.suppress(OSError):
-            sock.sendto(octets, self.client_address)
+            sock.sendto(data, self.client_address)
 
 
 class DatagramEchoServer(socketserver.UDPServer):
-    """Echoes over UDP."""
+    """Echo over UDP."""
 
-    max_packet_size = 64 * 1024
+    max_packet_size = BLOCK
 
-
-def announce(line: str) -> None:
-    """Print `line`, if anybody can read it."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Ignore datagrams from the port that we listen on: their echoes would never stop."""
+        return bool(client_address[1] != self.server_address[1])
 
 
-def serve(tcp: EchoServer, udp: DatagramEchoServer) -> None:
-    """Serve over both until Ctrl-C."""
-    announce("Echoing TCP and UDP on %s port %d ..." % tcp.socket.getsockname()[:2])
+def announce(text: str) -> None:
+    """Print `text`. If stdout is a full disk or a closed pipe, go on without it."""
+    try:
+        print(text, flush=True)
+    except OSError:  # Python would write the rest again at exit, and report a second error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(text: str) -> int:
+    """Print an error, and return the exit status."""
+    print("echo_server.py: error: " + text, file=sys.stderr, flush=True)
+    return 1
+
+
+def reason(error: Exception) -> str:
+    """Return what `error` says, without its number."""
+    return getattr(error, "strerror", None) or str(error) or "end of input"
+
+
+def serve(host: str, port: int) -> int:
+    """Echo until Ctrl-C or SIGTERM, which raise KeyboardInterrupt. Raises OSError."""
+    tcp = EchoServer((host, port), EchoRequestHandler)
+    udp = DatagramEchoServer(tcp.socket.getsockname(), DatagramRequestHandler)
+    announce("Echoing TCP and UDP on %s port %d ..." % tcp.socket.getsockname())
     threading.Thread(target=udp.serve_forever, daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        tcp.serve_forever()
-    udp.shutdown()
-    announce("Interrupted, ending.")
+    tcp.serve_forever()
+    return 0
 
 
-# ---- measuring a proxy -------------------------------------------------------------------
+# ---- measuring: what one process does ----------------------------------------------------
 
-CONNECT, UDP_ASSOCIATE = b"\1", b"\3"
+TIMEOUT = 3.0  # seconds to wait for the proxy or the echo server
 
 
 class Path(NamedTuple):
-    """The way to the target: through `proxy`, or directly if that is None."""
+    """A way to the target: through `proxy`, or directly if that is None."""
 
     target: Tuple[str, int]
     proxy: Optional[Tuple[str, int]] = None
-    user: bytes = b""
-    password: bytes = b""
-
-    def connect(self) -> socket.socket:
-        """A socket connected to the target; OSError if there is none to be had."""
-        sock = socket.create_connection(self.proxy or self.target, timeout=30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.proxy:
-            self.ask(sock, CONNECT, pack(self.target))
-        return sock
+    user: str = ""
+    password: str = ""
 
     @contextlib.contextmanager
-    def associate(self) -> Iterator[Tuple[socket.socket, bytes]]:
-        """A socket for datagrams, and the header that they need; OSError if there is none."""
-        with contextlib.ExitStack() as socks:
-            where, header = self.target, b""
+    def connect(self) -> Iterator[socket.socket]:
+        """Connect to the target, and close at the end of the `with` block. Raises OSError."""
+        with socket.create_connection(self.proxy or self.target, timeout=TIMEOUT) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.proxy:
-                control = socks.enter_context(socket.create_connection(self.proxy, timeout=30))
-                where = self.ask(control, UDP_ASSOCIATE, pack(("0.0.0.0", 0)))
-                header = b"\0\0\0" + pack(self.target)
-            family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
-            sock = socks.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            sock.connect(where)
-            sock.settimeout(1)
-            yield sock, header
+                self.negotiate(sock)
+            yield sock
 
-    def ask(self, sock: socket.socket, command: bytes, address: bytes) -> Tuple[str, int]:
-        """The conversation of RFC 1928 and RFC 1929; the address in the reply."""
-        sock.sendall(b"\5\1\2" if self.user else b"\5\1\0")
-        expect(sock, b"\5\2" if self.user else b"\5\0")
-        if self.user:
-            sock.sendall(b"\1%c%b%c%b" % (len(self.user), self.user,
-                                          len(self.password), self.password))
-            expect(sock, b"\1\0")
-        sock.sendall(b"\5" + command + b"\0" + address)
-        expect(sock, b"\5\0\0")
-        family, length = {b"\4": (socket.AF_INET6, 16)}.get(receive(sock, 1), (socket.AF_INET, 4))
-        host = socket.inet_ntop(family, receive(sock, length))
-        return host, int.from_bytes(receive(sock, 2), "big")
-
-
-def pack(address: Tuple[str, int]) -> bytes:
-    """An IPv4 address as SOCKS5 has it."""
-    return b"\1" + socket.inet_aton(address[0]) + address[1].to_bytes(2, "big")
+    def negotiate(self, sock: socket.socket) -> None:
+        """Log in and ask for the target, as in RFC 1928 and RFC 1929. Raises OSError."""
+        user, password = os.fsencode(self.user), os.fsencode(self.password)
+        if max(len(user), len(password)) > 255:
+            raise ConnectionError("the user or the password has more than 255 bytes")
+        method = b"\2" if user else b"\0"
+        sock.sendall(b"\5\1" + method)
+        expect(sock, b"\5" + method, "the proxy does not select method %d" % method[0])
+        if user:
+            sock.sendall(b"\1%c%b%c%b" % (len(user), user, len(password), password))
+            expect(sock, b"\1\0", "the proxy rejects the user or the password")
+        host, port = self.target
+        sock.sendall(b"\5\1\0\1" + socket.inet_aton(host) + port.to_bytes(2, "big"))
+        reply = receive(sock, 4)
+        if reply[1]:
+            raise ConnectionError("the proxy answers CONNECT with reply %d" % reply[1])
+        receive(sock, 18 if reply[3] == 4 else 6)  # an IPv6 or an IPv4 address, and a port
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
-    """Exactly `count` octets; OSError if the end comes first."""
-    octets = b""
-    while len(octets) < count:
-        piece = sock.recv(count - len(octets))
+    """Return exactly `count` bytes. Raises OSError if the connection ends before."""
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
         if not piece:
-            raise ConnectionError("ended too early")
-        octets += piece
-    return octets
+            raise ConnectionError("connection closed")
+        data += piece
+    return data
 
 
-def expect(sock: socket.socket, octets: bytes) -> None:
-    """Receive just `octets`; OSError if it is something else."""
-    if receive(sock, len(octets)) != octets:
-        raise ConnectionError("not what was expected")
+def expect(sock: socket.socket, data: bytes, problem: str = "bytes changed on the way") -> None:
+    """Receive as many bytes as `data` has. Raises OSError if they are not `data`."""
+    if receive(sock, len(data)) != data:
+        raise ConnectionError(problem)
 
 
-def ping(sock: socket.socket) -> float:
-    """The seconds that 64 octets take there and back."""
-    octets, before = os.urandom(64), time.perf_counter()
-    sock.sendall(octets)
-    expect(sock, octets)
-    return time.perf_counter() - before
+def echo(sock: socket.socket, data: bytes) -> float:
+    """Send `data`, receive as much, and return the seconds that it took."""
+    begin = time.perf_counter()
+    sock.sendall(data)
+    expect(sock, data)
+    return time.perf_counter() - begin
 
 
-Result = Tuple[List[float], int]  # figures, and how many failures there were
+def until(end: float) -> Iterator[None]:
+    """Yield until `end`, and at least once."""
+    yield
+    while time.perf_counter() < end:
+        yield
 
 
-def measure_sessions(path: Path, seconds: float, count: int) -> Result:
-    """The seconds that each session takes: connect, a round trip, close."""
-    figures, failures, end = [], 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        before = time.perf_counter()
-        try:
-            with path.connect() as sock:
-                ping(sock)
-            figures.append(time.perf_counter() - before)
-        except OSError:
-            failures += 1
-    return figures, failures
+# A load appends the seconds of each step to `times`, until `end` or its first failure.
 
-
-def measure_pings(path: Path, seconds: float, count: int) -> Result:
-    """The seconds that each round trip takes over a standing session."""
-    figures: List[float] = []
-    try:
+def open_sessions(times: List[float], path: Path, end: float, count: int) -> None:
+    """Open a session, send 64 bytes there and back, close it."""
+    for _ in until(end):
         with path.connect() as sock:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                figures.append(ping(sock))
-    except OSError:
-        return figures, 1
-    return figures, 0
+            times.append(echo(sock, os.urandom(64)))
 
 
-def measure_datagrams(path: Path, seconds: float, count: int) -> Result:
-    """The seconds that each datagram takes there and back; failures are those that got lost."""
-    figures: List[float] = []
-    lost, end = 0, time.monotonic() + seconds
-    with contextlib.suppress(OSError), path.associate() as (sock, header):
-        while time.monotonic() < end:
-            octets, before = header + os.urandom(64), time.perf_counter()
-            sock.send(octets)
-            try:
-                while sock.recv(BUFFER) != octets:
-                    pass  # one that had been given up
-                figures.append(time.perf_counter() - before)
-            except socket.timeout:
-                lost += 1
-    return figures, lost
+def exchange(times: List[float], path: Path, end: float, count: int,
+             size: int, ahead: int = 0) -> None:
+    """Send `size` bytes there and back over one session, with `ahead` more of them on the way."""
+    data = os.urandom(size)
+    with path.connect() as sock:
+        sock.sendall(ahead * data)
+        for _ in until(end):
+            times.append(echo(sock, data))
 
 
-def measure_flow(path: Path, seconds: float, count: int) -> Result:
-    """The MiB that come back of a steady flow, there and back at once."""
-    block, received = os.urandom(BUFFER), 0
-    try:
-        with path.connect() as sock:
-            sender = threading.Thread(target=send_for, args=(sock, block, seconds))
-            sender.start()
-            while True:
-                octets = receive_block(sock, len(block))
-                if octets != block[:len(octets)]:
-                    raise ConnectionError("not what was sent")
-                received += len(octets)
-                if len(octets) < len(block):
-                    break
-            sender.join()
-    except OSError:
-        return [received / 2**20], 1
-    return [received / 2**20], 0
-
-
-def send_for(sock: socket.socket, block: bytes, seconds: float) -> None:
-    """Send `block` again and again, and then an end."""
-    end = time.monotonic() + seconds
-    with contextlib.suppress(OSError):
-        while time.monotonic() < end:
-            sock.sendall(block)
-        sock.shutdown(socket.SHUT_WR)
-
-
-def receive_block(sock: socket.socket, count: int) -> bytes:
-    """`count` octets, or fewer at the end."""
-    pieces = []
-    while count:
-        piece = sock.recv(count)
-        if not piece:
-            break
-        pieces.append(piece)
-        count -= len(piece)
-    return b"".join(pieces)
-
-
-def measure_held(path: Path, seconds: float, count: int) -> Result:
-    """How many of `count` sessions were open at once, and echoed."""
+def hold_sessions(times: List[float], path: Path, end: float, count: int) -> None:
+    """Open `count` sessions, and check at the end that each of them still echoes."""
     with contextlib.ExitStack() as held:
-        socks, figures = [], []
+        socks = []
         for _ in range(count):
-            with contextlib.suppress(OSError):
-                socks.append(held.enter_context(path.connect()))
+            socks.append(held.enter_context(path.connect()))
+            times.append(echo(socks[-1], os.urandom(64)))
         for sock in socks:
-            with contextlib.suppress(OSError):
-                figures.append(ping(sock))
-    return figures, count - len(figures)
+            echo(sock, os.urandom(64))
 
 
-Measure = Callable[[Path, float, int], Result]
+def run_load(number: int, path: List[Any], seconds: float, count: int) -> None:
+    """Run a load of MEASURES, and print its result for the parent process."""
+    times: List[float] = []
+    failures, begin = [], time.perf_counter()
+    try:
+        MEASURES[number][1](times, Path(*path), begin + seconds, count)
+    except OSError as error:
+        failures.append(reason(error))
+    announce(json.dumps([times, time.perf_counter() - begin, failures]))
 
 
-def alone(measure: Measure, path: Path, seconds: float, count: int) -> Result:
-    """The result of `measure`, in a process that leaves Ctrl-C to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return measure(path, seconds, count)
+def work() -> NoReturn:
+    """Run the loads that stdin asks for, each in a thread. Exit when stdin ends."""
+    for line in sys.stdin:
+        threading.Thread(target=run_load, args=json.loads(line), daemon=True).start()
+    os._exit(0)  # without waiting for a thread
 
 
-def in_parallel(measure: Measure, path: Path, seconds: float, count: int) -> Result:
-    """The results of `measure` in several processes, as one."""
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES) as pool:
-        shares = [count // PROCESSES + (number < count % PROCESSES) for number in range(PROCESSES)]
-        work = functools.partial(alone, measure, path, seconds)
-        results = list(pool.map(work, shares))
-    return [figure for figures, _ in results for figure in figures], sum(f for _, f in results)
+# ---- measuring: all processes, both paths, a table ---------------------------------------
+
+Figure = Callable[[List[float], float], float]  # of the seconds of each step, and in all
 
 
-def summarize(path: Path, seconds: float, count: int) -> Dict[str, float]:
-    """All the figures for `path`."""
-    def progress(what: str, measure: Measure) -> Result:
-        print("%s: %s ..." % ("through" if path.proxy else "directly", what),
-              file=sys.stderr, flush=True)
-        return in_parallel(measure, path, seconds, count)
+def percentile(percent: int) -> Figure:
+    """Return a function that finds this percentile of the steps, in milliseconds."""
+    return lambda times, _: 1e3 * sorted(times)[len(times) * percent // 100] if times else 0
 
-    sessions, failed = progress("short sessions", measure_sessions)
-    pings, failed_pings = progress("round trips", measure_pings)
-    datagrams, lost = progress("datagrams", measure_datagrams)
-    flows, failed_flows = progress("flows", measure_flow)
-    held, failed_held = progress("%d sessions held" % count, measure_held)
-    pings.sort()
-    return {
-        "sessions/s": len(sessions) / seconds,
-        "round trips/s": len(pings) / seconds,
-        "p50 ms": 1e3 * pings[len(pings) // 2] if pings else 0,
-        "p99 ms": 1e3 * pings[len(pings) * 99 // 100] if pings else 0,
-        "datagrams/s": len(datagrams) / seconds,
-        "datagrams sent": len(datagrams) + lost,
-        "datagrams lost": lost,
-        "MiB/s each way": sum(flows) / seconds,
-        "sessions held": len(held),
-        "failures": failed + failed_pings + failed_flows + failed_held,
-    }
+
+def rate(size: float) -> Figure:
+    """Return a function that finds the steps in a second, multiplied by `size`."""
+    return lambda times, seconds: size * len(times) / seconds
+
+
+MEASURES: List[Tuple[str, Callable[..., None], Dict[str, Figure]]] = [  # name, load, figures
+    ("sessions", open_sessions, {"sessions/s": rate(1)}),
+    ("round trips", functools.partial(exchange, size=64),
+     {"round trips/s": rate(1), "  p50 ms": percentile(50), "  p99 ms": percentile(99)}),
+    ("stream", functools.partial(exchange, size=BLOCK, ahead=3),
+     {"MiB/s each way": rate(BLOCK / 2**20)}),
+    ("sessions held", hold_sessions, {"sessions held": lambda times, _: len(times)}),
+]
+PROCESSES = min(os.cpu_count() or 1, 4)  # they share one echo server: more would only wait
+
+
+def start_worker() -> Any:
+    """Start a process that runs `work`. Its stdin ends when this process does."""
+    return subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), "--worker"], universal_newlines=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,  # no Ctrl-C,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))  # nor on Windows
+
+
+Result = Tuple[List[float], float, int]  # seconds of each step, seconds in all, failures
+
+
+def run_workers(workers: List[Any], number: int, path: Path, args: argparse.Namespace) -> Result:
+    """Run a load in all workers, report failures, and return the results as one."""
+    for worker in workers:  # the first one holds all sessions, so they are open at once
+        task = [number, path, args.seconds, args.sessions if worker is workers[0] else 0]
+        print(json.dumps(task), file=worker.stdin, flush=True)
+    lines = [worker.stdout.readline() for worker in workers]
+    if not all(lines):
+        raise ChildProcessError("a measuring process has ended")
+    times, seconds, failures = zip(*map(json.loads, lines))
+    way = "through the proxy" if path.proxy else "directly"
+    for failure in sum(failures, []):
+        complain("%s %s: %s" % (MEASURES[number][0], way, failure))
+    return sum(times, []), sum(seconds) / len(workers), len(sum(failures, []))
+
+
+def format_row(name: str, through: float, directly: float) -> str:
+    """Return a row of the table. A ratio of 1 means that the proxy costs nothing."""
+    good, best = (directly, through) if name.endswith("ms") else (through, directly)
+    ratio = good / best if best else 0
+    return "%-16s%10.6g%10.6g%8.2f  %s" % (
+        name, round(through, 3), round(directly, 3), ratio, "#" * min(round(30 * ratio), 34))
+
+
+def print_table(results: List[List[Result]]) -> int:
+    """Print the results of each measure on both paths. Return 1 if anything failed."""
+    announce("                   through  directly   ratio  (1.00: as good as directly)")
+    for (_, _, figures), both in zip(MEASURES, results):
+        for name, figure in figures.items():
+            announce(format_row(name, *(figure(times, seconds) for times, seconds, _ in both)))
+    failures = [sum(both[place][2] for both in results) for place in (0, 1)]
+    announce("failures        %10d%10d" % tuple(failures))
+    return int(any(failures))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure the proxy and print a table. Return 1 if anything failed. Raises OSError."""
+    raise_descriptor_limit()
+    target = EchoServer(("127.0.0.1", 0), EchoRequestHandler)
+    threading.Thread(target=target.serve_forever, daemon=True).start()
+    direct = Path(target.socket.getsockname())
+    password = args.user and (os.environ.get("SOCKS5_PASSWORD") or getpass.getpass())
+    through = direct._replace(proxy=args.through, user=args.user, password=password)
+    with through.connect():
+        pass  # so one clear error is enough if the proxy does not work at all
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(start_worker()) for _ in range(PROCESSES)]
+        results = []
+        for number, (name, _, _) in enumerate(MEASURES):
+            print(name + ": through the proxy, then directly ...", file=sys.stderr, flush=True)
+            results.append([run_workers(workers, number, path, args) for path in (through, direct)])
+    return print_table(results)
 
 
 def raise_descriptor_limit() -> None:
-    """Take all the descriptors that we may have, to hold sessions open."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # as on Windows, and macOS
+    """Take as many descriptors as the system gives, to hold sessions open."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # there is no limit on Windows
         import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def measure(args: argparse.Namespace) -> int:
-    """Measure the proxy, print a table; the exit status is 1 if anything failed."""
-    raise_descriptor_limit()
-    password = b""
-    if args.user:
-        password = (os.environ.get("SOCKS5_PASSWORD") or getpass.getpass()).encode()
-    target = subprocess.Popen([sys.executable, os.path.abspath(__file__), "0"],
-                              stdout=subprocess.PIPE, universal_newlines=True)
-    try:
-        port = int(target.stdout.readline().split()[-2])  # type: ignore[union-attr]
-        direct = Path(("127.0.0.1", port))
-        through = direct._replace(proxy=args.through, user=args.user.encode(), password=password)
-        through.connect().close()
-        tables = [summarize(path, args.seconds, args.sessions) for path in (through, direct)]
-    except OSError as error:
-        print("echo_server.py: no way through %s port %d: %s" % (*args.through, error),
-              file=sys.stderr)
-        return 1
-    finally:
-        target.terminate()
-        target.wait()
-        target.stdout.close()  # type: ignore[union-attr]
-    print("%-16s%12s%12s%12s" % ("", "through", "directly", "ratio"))
-    for name, figure in tables[0].items():
-        other = tables[1][name]
-        ratio = "%12.2f" % (figure / other) if other else ""
-        print("%-16s%12.5g%12.5g%s" % (name, figure, other, ratio))
-    return int(tables[0]["failures"] > 0)
-
-
 # ---- command line ------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit."""
+        complain(message)
+        self.exit(2, "see echo_server.py --help\n")
+
+
+def host(text: str) -> str:
+    """Read a host name or an address, for argparse."""
+    with contextlib.suppress(UnicodeError):
+        if text.encode("idna"):
+            return text
+    raise argparse.ArgumentTypeError("%r is neither a host name nor an address" % text)
+
+
+def port(text: str) -> int:
+    """Read a port, for argparse."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError("%r is not a port from 0 to 65535" % text)
+    return int(text)
+
+
 def address(text: str) -> Tuple[str, int]:
-    """A host and a port, for argparse."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
+    """Read HOST:PORT, for argparse."""
+    name, _, number = text.rpartition(":")
+    if not name:
+        raise argparse.ArgumentTypeError("%r is not HOST:PORT" % text)
+    return host(name.strip("[]")), port(number)
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog="echo_server.py", allow_abbrev=False,
+                    description="Echo over TCP and UDP, or measure a SOCKS5 proxy on this host.")
+    add: Any = parser.add_argument
+    add("port", nargs="?", type=port, default=7777,
+        help="port to listen on, 0 for any free one (default: %(default)s)")
+    add("-b", "--bind", metavar="ADDRESS", type=host, default="127.0.0.1",
+        help="address to listen on (default: %(default)s)")
+    add("--through", metavar="HOST:PORT", type=address, help="measure the SOCKS5 proxy there")
+    add("--user", metavar="NAME", default="",
+        help="log in to the proxy; the password comes from $SOCKS5_PASSWORD or a prompt")
+    add("--seconds", metavar="S", type=float, default=2.0,
+        help="seconds for each measure on each path (default: %(default)g)")
+    add("--sessions", metavar="N", type=int, default=500,
+        help="sessions to hold open (default: %(default)s)")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)  # for start_worker
+    return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="echo_server.py", allow_abbrev=False,
-        description="Echo what is sent, over TCP and UDP; or measure a SOCKS5 proxy.")
-    add: Any = parser.add_argument
-    add("port", nargs="?", type=int, default=7777,
-        help="port to serve on, 0 for any that is free (default: %(default)s)")
-    add("-b", "--bind", metavar="ADDRESS", default="127.0.0.1",
-        help="address to serve on (default: %(default)s)")
-    add("--through", metavar="HOST:PORT", type=address, help="measure the proxy there")
-    add("--user", metavar="NAME", default="", help="log in there; password: $SOCKS5_PASSWORD")
-    add("--seconds", metavar="S", type=float, default=3.0,
-        help="how long to measure each thing (default: %(default)g)")
-    add("--sessions", metavar="N", type=int, default=500,
-        help="how many sessions to hold open (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.through:
-        try:
-            return measure(args)
-        except KeyboardInterrupt:
-            announce("Interrupted, ending.")
-            return 1
+    """Run the command, and return its exit status."""
+    args = make_parser().parse_args(argv)
+    if args.worker:
+        work()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        tcp = EchoServer((args.bind, args.port), EchoRequestHandler)
-        udp = DatagramEchoServer(tcp.server_address[:2], DatagramRequestHandler)
-    except (OSError, OverflowError) as error:
-        print("echo_server.py: cannot serve on %s port %d: %s" % (args.bind, args.port, error),
-              file=sys.stderr)
-        return 1
-    with tcp, udp:
-        serve(tcp, udp)
-    return 0
+        return measure(args) if args.through else serve(args.bind, args.port)
+    except KeyboardInterrupt:
+        announce("Shutting down.")
+        return 1 if args.through else 0
+    except (EOFError, OSError) as error:
+        task = ("measure through %s port %d" if args.through else "listen on %s port %d")
+        return complain("cannot %s: %s" % (
+            task % (args.through or (args.bind, args.port)), reason(error)))
 
 
 if __name__ == "__main__":
