@@ -422,7 +422,10 @@ def read_proxy_header(stream: Any) -> Optional[Address]:
     first = read_exactly(stream, 1)
     try:
         if first == b"P":
-            return parse_proxy_line(first + stream.readline(LONGEST_LINE - 1))
+            line = first + stream.readline(LONGEST_LINE - 1)
+            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+                raise ProtocolError("client-left")
+            return parse_proxy_line(line)
         if first == SIGNATURE[:1]:
             return read_proxy_block(stream)
     except (OSError, ValueError):  # a connection, a number or an address that is broken
@@ -1498,6 +1501,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.progress: Any = None
         self.reply: Optional[Reply] = None
         self.early = b""
+        self.is_admitted = False  # counts for `max_per_user`
         self.end = ""
         self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
             ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
@@ -1549,13 +1553,16 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
         A connection without a client (a health check) never counts as local.
         """
+        is_near = is_loopback(Address.of(self.client_address).host)
         client = read_proxy_header(self.rfile)
         if client is None:
-            self.rules = self.settings.rules_for_remote
+            self.rules = [DENY_OTHERS] if self.settings.clients else self.settings.rules_for_remote
             self.log_level = logging.DEBUG
             return
         self.client_address = tuple(client)
-        self.set_client(client)
+        self.set_client(Address.of(client))
+        if not is_near:  # what is local there is not local here
+            self.rules = self.settings.rules_for_remote
         if not self.server.verify_request(self.connection, self.client_address):
             raise ProtocolError("rejected")
 
@@ -1948,8 +1955,8 @@ def peer_name(sock: socket.socket) -> str:
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return ""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid = struct.unpack("3i", credentials)[1]
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    uid = struct.unpack("iII", credentials)[1]
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -2112,15 +2119,16 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         return False
 
     def admit_user(self, session: Socks5RequestHandler) -> bool:
-        """Return True if the user of `session` has no more sessions than `max_per_user`."""
-        if session.settings.max_per_user == sys.maxsize:
-            return True
+        """Return True, and count `session`, if its user has fewer sessions than `max_per_user`."""
         with self.lock:
-            count = sum(each.user == session.user for each in self.sessions)
-        if count > session.settings.max_per_user:
+            session.is_admitted = (
+                session.settings.max_per_user == sys.maxsize  # do not look at thousands of them
+                or session.settings.max_per_user > sum(
+                    each.is_admitted and each.user == session.user for each in self.sessions))
+        if not session.is_admitted:
             self.warn("too many sessions of a user client=%s user=%s",
                       session.fields["client"], escape(session.user))
-        return count <= session.settings.max_per_user
+        return session.is_admitted
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a session in a thread."""
@@ -2322,12 +2330,18 @@ def inherited_socket() -> Optional[socket.socket]:
         return None
     if count != "1":
         raise ValueError("systemd passed %s sockets, and not 1" % (count or "no"))
-    sock = socket.socket(fileno=3)
-    family, kind, listens = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (
-        SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN))
+    try:
+        sock = socket.socket(fileno=3)
+        family, kind, listens = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (
+            SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN))
+    except OSError as error:
+        raise ValueError("descriptor 3 is not a socket: %s" % error.strerror) from None
     sock = socket.socket(family, fileno=sock.detach())  # CPython 3.6 takes it for IPv4
-    if kind != socket.SOCK_STREAM or not listens:
-        raise ValueError("systemd's socket is not a listening stream socket")
+    sock.setblocking(True)
+    if (family not in (socket.AF_INET, socket.AF_INET6, UNIX_FAMILY) or not listens
+            or kind != socket.SOCK_STREAM or isinstance(sock.getsockname(), bytes)):
+        raise ValueError("descriptor 3 is not a listening stream socket with an IP address or a "
+                         "path")
     return sock
 
 
@@ -2803,24 +2817,24 @@ def make_parser() -> Parser:
     return parser
 
 
-def is_open(args: argparse.Namespace, address: Any) -> bool:
+def is_open(args: argparse.Namespace, address: Any, mode: int) -> bool:
     """Return True if clients that nobody knows can use a server at `address` without a login."""
     if isinstance(address, str):
-        with contextlib.suppress(OSError, ValueError):  # no path, or none in the file system
-            return bool(os.stat(address).st_mode & 0o006)
-        return bool(args.mode & 0o006) or address.startswith("\0")
+        return bool(mode & 0o006)
     return not args.clients and (bool(args.proxy_from) or not is_loopback(address[0]))
 
 
-def read_settings(args: argparse.Namespace, address: Any) -> Settings:
+def read_settings(args: argparse.Namespace, address: Any, mode: int) -> Settings:
     """Return the settings of `args`, and of the files that they name, for a server at `address`.
+
+    `mode` are the permissions of its path, if it is one.
 
     Raises OSError, or ValueError if they are invalid or leave the server open by mistake.
     """
     users = None if args.users is None else load_users(args.users)
     if users is not None and os.name == "posix" and os.stat(args.users).st_mode & stat.S_IROTH:
         log.warning("%s is world-readable: chmod o-r %s", args.users, args.users)
-    if users is None and not args.open and is_open(args, address):
+    if users is None and not args.open and is_open(args, address, mode):
         where = ascii(address)[1:-1] if isinstance(address, str) else address[0]
         raise ValueError("refusing to listen on %s without access control: "
                          "add --users, --client or --open" % where)
@@ -2874,8 +2888,7 @@ def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) 
     if listener and (args.bind is not None or args.port is not None):
         raise ValueError("systemd passed a socket: do not give an address or a port")
     if listener:
-        name = listener.getsockname()
-        return os.fsdecode(name) if isinstance(name, bytes) else name  # Linux's abstract names
+        return listener.getsockname()
     if "/" in (args.bind or ""):
         if args.port is not None:
             raise ValueError("%s is a path: do not give a port" % args.bind)
@@ -2903,7 +2916,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         prepare_process(args.level)
         listener = inherited_socket()
         address = choose_address(args, listener)
-        settings = read_settings(args, address)
+        mode = args.mode
+        if listener and isinstance(address, str):
+            mode = stat.S_IMODE(os.stat(address).st_mode)
+        settings = read_settings(args, address, mode)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         print("socks5.py: error: %s\nsee socks5.py --help" % describe(error), file=sys.stderr)
         return 2
@@ -2913,7 +2929,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     server = open_server(address, args.mode, listener)
     server.settings = settings
     Service(server, args.workers, args.drain,
-            lambda: read_settings(parser.parse(arguments), address)).run(greet(server))
+            lambda: read_settings(parser.parse(arguments), address, mode)).run(greet(server))
     return 0
 
 

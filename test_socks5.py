@@ -17,9 +17,11 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -35,9 +37,10 @@ import socks5
 from socks5 import Address, Reply
 
 try:
+    import pwd
     import resource
 except ImportError:  # Windows
-    resource = None
+    pwd = resource = None
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PATIENCE = 30  # seconds after which a test that waits for something fails
@@ -3548,6 +3551,733 @@ class EmbeddingTest(ServerTestCase):
             self.assertEqual(self.session_line(lines)["end"], "client-closed")
 
 
+# ---- doors: paths, systemd's sockets, balancers, sources ---------------------------------
+
+ME = pwd.getpwuid(os.getuid()).pw_name if os.name == "posix" else ""
+NOBODY, NAMELESS = 65534, 4000000123  # the second one has no name, and more than 31 bits
+LINUX_ONLY = unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux")
+SIGNATURE = "0d 0a 0d 0a 00 0d 0a 51 55 49 54 0a"
+ADDRESSES = " c0 00 02 01 c6 33 64 01 9d d0 04 38"  # 192.0.2.1:40400 to 198.51.100.1:1080
+ADDRESSES_6 = " 20 01 0d b8" + "00" * 11 + "01 20 01 0d b8" + "00" * 11 + "02 9d d0 04 38"
+LINE = ("50 52 4f 58 59 20 54 43 50 34 20 31 39 32 2e 30 2e 32 2e 31 20 31 39 38 2e 35 31 2e 31 "
+        "30 30 2e 31 20 34 30 34 30 30 20 31 30 38 30 0d 0a")  # version 1, with ADDRESSES
+LINE_6 = ("50 52 4f 58 59 20 54 43 50 36 20 32 30 30 31 3a 64 62 38 3a 3a 31 20 32 30 30 31 3a 64 "
+          "62 38 3a 3a 32 20 34 30 34 30 30 20 31 30 38 30 0d 0a")
+UNKNOWN = "50 52 4f 58 59 20 55 4e 4b 4e 4f 57 4e"  # without the end of the line
+BLOCK = SIGNATURE + "21 11 00 0c" + ADDRESSES
+LOCAL = SIGNATURE + "20 00 00 00"
+HEADERS = [  # what a balancer sends, and client= in the log; None is the balancer itself
+    (LINE, "192.0.2.1:40400"),
+    (LINE_6, "[2001:db8::1]:40400"),
+    (UNKNOWN + "0d 0a", None),
+    (UNKNOWN + "20" + "66" * 91 + "0d 0a", None),  # 107 bytes
+    (BLOCK, "192.0.2.1:40400"),
+    (SIGNATURE + "21 21 00 24" + ADDRESSES_6, "[2001:db8::1]:40400"),
+    (SIGNATURE + "21 21 00 24" + "00" * 10 + "ff ff c0 00 02 01" + "00" * 16 + "9d d0 04 38",
+     "192.0.2.1:40400"),
+    (SIGNATURE + "21 11 00 13" + ADDRESSES + "04 00 04 00 00 00 00", "192.0.2.1:40400"),  # a TLV
+    (SIGNATURE + "21 11 10 00" + ADDRESSES + "00" * 4084, "192.0.2.1:40400"),  # 4,096 bytes
+    (LOCAL, None),
+    (SIGNATURE + "20 11 00 0c" + ADDRESSES, None), (SIGNATURE + "21 00 00 00", None),
+    (SIGNATURE + "21 31 00 d8" + "2f" * 216, None)]  # a path
+NO_HEADERS = [
+    "05 01 00", b"GET / HTTP/1.0\r\n\r\n", b"PROXY\r\n", b"PROXY \r\n", b"PROXY \xff\r\n",
+    b"PROXY TCP4\r\n", b"PROXY TCP4 192.0.2.1 198.51.100.1 40400\r\n",
+    b"PROXY TCP4 192.0.2.1 198.51.100.1 40400 1080\n", b"PROXYTCP4 192.0.2.1 1.1.1.1 1 1 1\r\n",
+    b"PROXY TCP4 192.0.2.1 198.51.100.1 65536 1080\r\n",
+    b"PROXY TCP4 192.0.2.1 198.51.100.1 -1 1080\r\n", b"PROXY TCP4 ::1 ::1 40400 1080\r\n",
+    b"PROXY TCP6 192.0.2.1 198.51.100.1 40400 1080\r\n", b"PROXY TCP4 example 1.1.1.1 1 1\r\n",
+    b"PROXY TCP4 192.0.2.1\x00 198.51.100.1 40400 1080\r\n",
+    b"PROXY UDP4 192.0.2.1 198.51.100.1 40400 1080\r\n",
+    UNKNOWN + "20" + "66" * 92 + "0d 0a", UNKNOWN + "20" + "66" * 93,  # 108 and 107 bytes
+    SIGNATURE[:-2] + "0b 21 11 00 0c" + ADDRESSES, SIGNATURE + "11 11 00 0c" + ADDRESSES,
+    SIGNATURE + "22 11 00 0c" + ADDRESSES, SIGNATURE + "21 11 10 01",
+    SIGNATURE + "21 11 00 0b" + ADDRESSES[:-3], SIGNATURE + "21 21 00 23" + ADDRESSES_6[:-3]]
+HAPROXY = """
+defaults
+    mode tcp
+    retries 3
+    option redispatch 1
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+    timeout check 10s
+listen socks5
+    bind fd@%d
+    balance roundrobin
+    option tcp-check
+    tcp-check connect default
+    tcp-check send-binary 05020002
+    tcp-check expect rbinary ^050[02]
+    default-server check inter 50ms rise 1 fall 3 send-proxy-v2 check-send-proxy
+    server a 127.0.0.1:%d
+    server b 127.0.0.1:%d
+"""
+FORKER = """
+import os, socket, sys, threading, traceback
+import socks5
+
+def give(*descriptors):
+    os.environ.update(LISTEN_FDS=str(len(descriptors)), LISTEN_PID=str(os.getpid()))
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, 50 + number)
+    for number in range(len(descriptors)):
+        os.dup2(50 + number, 3 + number)
+
+def bound(family, kind, address, listens=True):
+    sock = socket.socket(getattr(socket, family), getattr(socket, kind))
+    sock.bind(address)
+    if listens:
+        sock.listen(1)
+    return sock.detach()
+
+answers = []
+for setup, arguments in eval(sys.argv[1]):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writing, 2)
+        threading.Timer(3, os._exit, [98]).start()  # it serves, against expectation
+        try:
+            exec(setup)
+            os._exit(socks5.main(arguments))
+        except SystemExit as error:
+            os._exit(error.code)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(99)
+    os.close(writing)
+    answers.append((os.waitpid(child, 0)[1] >> 8, os.read(reading, 65536).decode()))
+    os.close(reading)
+print(answers)
+"""
+
+
+def as_bytes(frame):
+    """Return a row of a table, bytes or hex, as bytes."""
+    return frame if isinstance(frame, bytes) else octets(frame)
+
+
+class DoorTestCase(CommandTestCase):
+    """Tests with paths, and with sockets that are passed to a process."""
+
+    def folder(self):
+        """Return the path of a folder that other accounts can enter; it is removed at the end."""
+        path = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, path)
+        os.chmod(path, 0o755)
+        return path
+
+    def knock(self, path, user=None):
+        """Return a client that is connected to `path`, as the account with the number `user`."""
+        client = Client(socket.AF_UNIX)
+        self.own(client)
+
+        def connect():
+            if user is not None:
+                os.setgroups([])
+                os.setuid(user)
+            client.connect(path)
+
+        if user is None:
+            connect()
+        else:
+            subprocess.check_call(["true"], preexec_fn=connect, close_fds=False, cwd="/")
+        return client
+
+    def serve_path(self, **settings):
+        """Return the path of a server that serves, for all accounts."""
+        path = os.path.join(self.folder(), "socks5.sock")
+        server = socks5.Socks5Server(path, mode=0o666, **settings)
+        self.addCleanup(server.server_close)
+        self.thread(server.serve_forever, 0.02)
+        self.addCleanup(server.shutdown)
+        return path
+
+    def check_errors(self, *rows):
+        """Call ``main`` for rows of code to run before, arguments, status, and part of stderr.
+
+        One interpreter forks for all of them, which saves seconds.
+        """
+        process = self.start("-c", FORKER, repr([row[:2] for row in rows]))
+        out, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual(err, "")
+        for row, (status, err) in zip(rows, eval(out.splitlines()[-1])):
+            with self.subTest(row):
+                self.assertNotIn("Traceback", err)
+                self.assertIn(row[3], err)
+                self.assertEqual(status, row[2])
+
+    def pass_on(self, sock, *options, limit=None, **environment):
+        """Start `socks5.py` with `sock` as its descriptor 3, as systemd does."""
+        def prepare():
+            if sock:
+                os.dup2(sock.fileno(), 3)
+                os.set_inheritable(3, True)
+                environment.setdefault("LISTEN_PID", str(os.getpid()))
+                os.environ["LISTEN_FDS"] = "1"
+            os.environ.update(environment)
+            if limit:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        return self.start("socks5.py", *options, preexec_fn=prepare, close_fds=False)
+
+    def datagrams(self):
+        """Return a socket for datagrams, on loopback."""
+        sock = self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        sock.bind(("127.0.0.1", 0))
+        return sock
+
+    def end(self, process):
+        """End `process` with SIGTERM; return what it said on stderr."""
+        process.terminate()
+        err = process.communicate(timeout=PATIENCE)[1]
+        self.assertEqual(process.returncode, 0)
+        self.assertNotIn("Traceback", err)
+        return err
+
+
+@unittest.skipUnless(hasattr(socket, "SO_PEERCRED"), "the kernel does not name the peer")
+class PathTests(DoorTestCase):
+
+    def test_a_client_is_its_login_name_unless_it_logs_in(self):
+        port, data = self.echo(), b"x" * 100000
+        for settings, greet, user in (
+                ({"rules": ["allow %s@127.0.0.1" % ME], "clients": ["192.0.2.0/24"]},
+                 Client.greet, ME),
+                ({"users": USERS, "rules": ["deny %s@*" % ME, "allow alice@*"]},
+                 Client.log_in, "alice")):
+            with self.subTest(user=user), self.logged() as lines:
+                client = greet(self.knock(self.serve_path(**settings)))
+                self.assertEqual(client.ask(port), Reply.SUCCEEDED)  # on loopback: it is local
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_all(client), (data, "end"))
+                line = self.session_line(lines)
+                self.assertEqual((line["client"], line["user"], line["end"]),
+                                 ("unix:" + ME, user, "client-closed"))
+
+    @unittest.skipIf(os.getuid(), "needs root, for other accounts")
+    def test_rules_and_limits_for_each_account(self):
+        name = pwd.getpwuid(NOBODY).pw_name
+        port, clients = self.echo(), []
+        with self.logged() as lines:
+            path = self.serve_path(rules=["deny root@*", "allow %s@*" % name,
+                                          "allow %d@*" % NAMELESS], max_per_client=1)
+            for user, reply in (None, 2), (NOBODY, 0), (NAMELESS, 0):
+                clients.append(self.knock(path, user).greet())
+                self.assertEqual(clients[-1].ask(port), reply)
+            self.assertEqual(self.knock(path, NOBODY).recv(1), b"")
+            for client in clients:
+                client.close()
+            wait_until(lambda: sum(line.startswith("session ") for line in lines) == 3)
+        self.assertIn("too many sessions of a client client=unix:" + name, lines)
+        self.assertEqual({line["client"] + " " + line["user"] for line in map(fields, lines)
+                          if "user" in line}, {
+            "unix:{0} {0}".format(user) for user in ("root", name, NAMELESS)})
+
+    def test_only_CONNECT_is_served_and_only_if_enabled(self):
+        port = self.echo()
+        for commands, replies in (["connect", "udp", "bind"], [0, 7, 7]), (["udp"], [7, 7, 7]):
+            path = self.serve_path(commands=commands)
+            self.assertEqual([self.knock(path).greet().ask(port, command=command)
+                              for command in ("01", "02", "03")], replies)
+
+    def test_mode_start_line_curl_and_end(self):
+        listener = self.listen()
+
+        def answer():
+            with listener.accept()[0] as sock:
+                sock.recv(1000)
+                sock.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello")
+        for options, mode in ((), 0o600), (("--workers", "2", "--mode", "0660"), 0o660):
+            path = os.path.join(self.folder(), "socks5.sock")
+            process = self.start("socks5.py", "-b", path, *options)
+            line = process.stdout.readline()
+            self.assertEqual(line, "Serving SOCKS5 on %s (curl -x socks5h://localhost%s, "
+                             "ssh -L 1080:%s HOST) ...\n" % (path, path, path))
+            status = os.stat(path)
+            self.assertTrue(stat.S_ISSOCK(status.st_mode))
+            self.assertEqual(stat.S_IMODE(status.st_mode), mode)
+            if shutil.which("curl"):  # before 7.84, it takes the path for a part of the name
+                thread = self.thread(answer)
+                curl = shlex.split(re.search(r"\((curl [^,]*),", line).group(1))
+                page = subprocess.run(
+                    curl + ["-sS", "http://127.0.0.1:%d/" % listener.getsockname()[1]],
+                    stdout=subprocess.PIPE, timeout=PATIENCE)
+                self.assertEqual(page.stdout, b"hello")
+                thread.join()
+            self.assertIn("client=unix:" + ME, self.end(process))
+            self.assertFalse(os.path.exists(path))
+
+    def test_what_stands_at_the_path(self):
+        folder = self.folder()
+        paths = {name: os.path.join(folder, name) for name in
+                 ("live", "stale", "file", "folder", "link", "datagrams", "gone/x", "x" * 108)}
+        for name, kind in (("live", socket.SOCK_STREAM), ("stale", socket.SOCK_STREAM),
+                           ("datagrams", socket.SOCK_DGRAM)):
+            sock = self.own(socket.socket(socket.AF_UNIX, kind))
+            sock.bind(paths[name])
+            if name == "live":
+                sock.listen(1)
+            elif name == "stale":
+                sock.close()
+        with open(paths["file"], "w"):
+            os.mkdir(paths["folder"])
+        os.symlink("stale", paths["link"])
+        in_use, before = "Address already in use", os.listdir(folder)
+        self.check_errors(*[
+            ("", ["-b", paths[name]], 1, "cannot listen on %s: %s" % (paths[name], reason))
+            for name, reason in [
+                ("live", in_use), ("file", in_use), ("folder", in_use), ("link", in_use),
+                ("datagrams", ""), ("gone/x", "No such file"),
+                ("x" * 108, "AF_UNIX path too long")]])
+        self.assertEqual(os.listdir(folder), before)
+        server = socks5.Socks5Server(paths["stale"])  # which is removed
+        os.rename(paths["stale"], paths["stale"] + "2")
+        successor = socks5.Socks5Server(paths["stale"])
+        server.server_close()  # its path is no longer its own
+        self.assertTrue(os.path.exists(paths["stale"]))
+        successor.server_close()
+        self.assertFalse(os.path.exists(paths["stale"]))
+
+    def test_usage_errors(self):
+        path, control = os.path.join(self.folder(), "s"), "without access control"
+        missing = "del socket.SO_PEERCRED"
+        users = self.file(b"alice:secret\n")
+        self.check_errors(
+            ("", ["-b", path, "--mode", "0666"], 2, "listen on %s %s" % (path, control)),
+            ("", ["-b", path, "--mode", "rw"], 2, "--mode: not permissions like 0660"),
+            ("", ["-b", path, "1080"], 2, "is a path: do not give a port"),
+            (missing, ["-b", path, "--deny", "bob@*"], 2, "--users"),  # would fail open
+            (missing, ["-b", path, "--allow", "bob@*"], 2, "--users"),
+            ("", ["-b", path, "--users", users, "--allow", "bob@*"], 2, "no such user"),
+            ("", ["-b", "127.0.0.1", "--proxy-from", "127.0.0.1", "0"], 2, control),
+            ("", ["--proxy-from", "10.0.0.1/8", "--open", "0"], 2, "did you mean 10.0.0.0/8?"),
+            ("", ["--source", "localhost", "0"], 2, "source: not an IP address"),
+            ("", ["--max-per-user", "0", "0"], 2, "--max-per-user: not a number from 1"))
+        self.assertFalse(os.path.exists(path))
+
+
+@LINUX_ONLY
+class SystemdTests(DoorTestCase):
+
+    def test_it_serves_on_each_family_and_speaks_to_systemd(self):
+        path, port, started = self.own(socket.socket(socket.AF_UNIX)), self.echo(), []
+        path.bind(os.path.join(self.folder(), "inherited"))
+        os.chmod(path.getsockname(), 0o600)
+        path.listen(9)
+        for listener, workers in ((path, "1"), (self.listen(), "2"),
+                                  (self.listen("::1" if has_ipv6() else "127.0.0.1"), "1")):
+            told = self.own(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            told.bind(os.path.join(self.folder(), "notify"))
+            listener.setblocking(False)  # which this process may do, and the other inherits
+            process = self.pass_on(listener, "--workers", workers, "-q",
+                                   NOTIFY_SOCKET=told.getsockname())
+            started.append((listener, told, process))
+        for listener, told, process in started:
+            with self.subTest(listener):
+                self.assertEqual(told.recv(1000), b"READY=1")
+                process.send_signal(signal.SIGHUP)
+                self.assertRegex(told.recv(1000), rb"^RELOADING=1\nMONOTONIC_USEC=\d+\Z")
+                self.assertEqual(told.recv(1000), b"READY=1")
+                client = (Client.to(listener.getsockname()) if listener is not path
+                          else self.knock(path.getsockname()))
+                self.assertEqual(client.greet().ask(port), Reply.SUCCEEDED)
+                client.close()
+                self.assertTrue(os.get_blocking(listener.fileno()))  # otherwise accept() spins
+                self.assertIn("settings reloaded", self.end(process))
+                self.assertEqual(told.recv(1000), b"STOPPING=1")
+                told.setblocking(False)
+                self.assertRaises(BlockingIOError, told.recv, 1)  # no worker has spoken
+        self.assertTrue(os.path.exists(path.getsockname()))
+
+    def test_another_process_is_meant_and_nobody_listens_to_it(self):
+        process = self.pass_on(self.listen(), "-q", "0", LISTEN_PID="1",
+                               NOTIFY_SOCKET=os.path.join(self.folder(), "gone"))
+        self.client(self.port(process)).greet().close()
+        self.end(process)
+
+    def test_what_is_passed_must_be_one_listening_stream_socket(self):
+        tcp, udp, unix = ("give(bound('AF_INET', 'SOCK_STREAM', ('127.0.0.1', 0)))",
+                          "give(bound('AF_INET', 'SOCK_DGRAM', ('127.0.0.1', 0), False))",
+                          "give(bound('AF_UNIX', 'SOCK_%s', %r))")
+        folder = self.folder()
+        path, one = os.path.join(folder, "s"), "descriptor 3 is not a listening stream socket"
+        both = tcp.replace("give(", "one = ", 1)[:-1] + "; give(one, one)"
+        self.check_errors(
+            (both, [], 2, "systemd passed 2 sockets, and not 1"),
+            ("give()", [], 2, "systemd passed 0 sockets"),
+            ("give(); os.environ['LISTEN_FDS'] = 'x'", [], 2, "systemd passed x sockets"),
+            ("give(os.open('/dev/null', os.O_RDWR))", [], 2, "descriptor 3 is not a"),
+            ("give(2); os.close(3)", [], 2, "descriptor 3 is not a"), (udp, [], 2, one),
+            (tcp.replace(", 0))", ", 0), False)"), [], 2, one),
+            (unix % ("SEQPACKET", path), [], 2, one),
+            (unix % ("STREAM", "\0" + path), [], 2, one),
+            (tcp, ["1080"], 2, "systemd passed a socket: do not give an address or a port"),
+            (tcp, ["-b", "127.0.0.1"], 2, "systemd passed a socket"),
+            (tcp.replace("127.0.0.1", "0.0.0.0"), [], 2, "refusing to listen on 0.0.0.0"),
+            ("os.umask(0); " + unix % ("STREAM", path + "2"), [], 2, "without access control"))
+
+    def test_the_queue_is_left_to_the_successor(self):
+        listener = self.listen()
+        process = self.pass_on(listener, "-q", limit=20)  # enough for two sessions
+        clients = [Client.to(listener.getsockname()).greet() for _ in range(2)]
+        queued = self.own(Client.to(listener.getsockname()))
+        process.stdout.readline()
+        process.terminate()
+        self.assertEqual(process.stdout.readline(), "Shutting down.\n")
+        for client in clients:
+            client.close()
+        self.assertEqual(process.wait(PATIENCE), 0)
+        successor, address = listener.accept()
+        successor.close()
+        self.assertEqual(address, queued.getsockname())
+
+    def test_a_restart_loses_nobody(self):  # noqa: C901
+        port, failures, stop = self.echo(), [], threading.Event()
+
+        def load(listener, count):
+            try:
+                while not stop.is_set():
+                    with Client.to(listener.getsockname()) as client:
+                        if client.greet().ask(port):
+                            raise AssertionError
+                        client.say("61 62 63")
+                        client.hear("61 62 63")
+                    count.append(1)
+            except Exception as error:
+                failures.append(error)
+
+        def start():
+            return [self.pass_on(listener, "-q", "--workers", workers)
+                    for listener, workers, _ in listeners]
+
+        def has_served(more):
+            return failures or all(len(count) >= least for (_, _, count), least in zip(
+                listeners, more))
+        listeners = [(self.listen(), workers, []) for workers in ("1", "2")]
+        processes = start()
+        self.addCleanup(stop.set)
+        threads = [self.thread(load, listener, count)
+                   for listener, _, count in listeners for _ in range(2)]
+        wait_until(lambda: has_served([20, 20]))
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            self.assertEqual(process.wait(PATIENCE), 0)
+        before = [len(count) for _, _, count in listeners]
+        processes = start()
+        wait_until(lambda: has_served([count + 20 for count in before]))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for process in processes:
+            self.end(process)
+        self.assertEqual(failures, [])
+
+    @unittest.skipUnless(shutil.which("systemd-socket-activate"), "no systemd-socket-activate")
+    def test_under_systemd_socket_activate(self):
+        path, port = os.path.join(self.folder(), "s"), self.echo()
+        process = subprocess.Popen(
+            ["systemd-socket-activate", "-l", path, sys.executable, "socks5.py", "--open"],
+            cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        self.assertIn(b"Listening", process.stderr.readline())
+        client = self.knock(path).greet()
+        self.assertEqual(client.ask(port), Reply.SUCCEEDED)
+        client.close()
+        process.terminate()
+        self.assertIn(b"client=unix:" + ME.encode(), process.stderr.read())
+
+
+@LINUX_ONLY
+class BalancerTests(DoorTestCase):
+
+    def behind(self, server, header):
+        """Return a client whose connection begins with `header`."""
+        client = self.client(server)
+        client.sendall(as_bytes(header))
+        return client
+
+    def header_for(self, host, port=40400):
+        """Return a header of version 2 for an IPv4 client."""
+        return octets(SIGNATURE + "21 11 00 0c") + socket.inet_aton(host) + octets(
+            "c6 33 64 01") + port_of(port) + octets("04 38")
+
+    def lines_of(self, server, lines):
+        """Stop `server`; return the fields of its sessions' lines."""
+        self.stop(server)
+        return [fields(line) for line in lines if line.startswith("session ")]
+
+    def test_each_header_names_the_client_and_no_remote_one_is_local(self):
+        for step in 5000, 1:
+            for header, name in HEADERS:
+                data = octets(header + "05 01 00 05 01 00 01 7f 00 00 01 00 09")
+                if step == 1 and len(data) > 1000:
+                    continue
+                with self.subTest(header=header[:80], step=step), self.logged() as lines:
+                    server = self.serve(proxy_from=["127.0.0.1"])
+                    client = self.client(server)
+                    for start in range(0, len(data), step):  # what is pipelined is kept
+                        client.sendall(data[start:start + step])
+                    client.hear("05 00 05 02" + REFUSED)
+                    line, = self.lines_of(server, lines)
+                    self.assertEqual((line["client"], line["rule"]), (
+                        name or "127.0.0.1:%d" % client.getsockname()[1],
+                        "built-in:127.0.0.0/8"))
+
+    def test_a_header_that_is_cut(self):
+        for header in LINE, BLOCK:
+            with self.logged() as lines:
+                server = self.serve(proxy_from=["127.0.0.1"])
+                for length in range(len(octets(header))):
+                    client = self.behind(server, octets(header)[:length])
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_all(client), (b"", "end"))
+                    client.close()
+                ends = {line["end"] for line in self.lines_of(server, lines)}
+            self.assertEqual(ends, {"client-left"})
+            self.assertEqual(len(lines), length + 1)  # and none about an exception
+
+    def test_what_is_no_header_is_hung_up_on_at_once(self):
+        with self.logged() as lines:
+            server = self.serve(proxy_from=["127.0.0.1"])
+            for header in NO_HEADERS:
+                with self.subTest(header), self.within(5):
+                    self.assertEqual(read_all(self.behind(server, header))[0], b"")
+            ends = [line["end"] for line in self.lines_of(server, lines)]
+        self.assertEqual(ends, ["not-proxy"] * len(NO_HEADERS))
+        self.assertEqual(len(lines), len(NO_HEADERS))
+
+    def test_the_handshake_has_one_deadline(self):
+        with self.logged() as lines, self.within(5):
+            server = self.serve(proxy_from=["127.0.0.1"], handshake_timeout=0.1)
+            clients = [self.behind(server, header)
+                       for header in (octets(LINE)[:20], octets(BLOCK)[:20], BLOCK)]
+            self.assertEqual([read_all(client)[0] for client in clients], [b""] * 3)
+            ends = [line["end"] for line in self.lines_of(server, lines)]
+        self.assertEqual(ends, ["handshake-timeout"] * 3)
+
+    def test_from_elsewhere_a_header_is_another_protocol(self):
+        with self.logged() as lines:
+            server = self.serve(proxy_from=["127.0.0.1", "::1"])
+            for header in LINE, BLOCK:
+                client = self.client(server, "127.0.0.2")
+                client.say(header)
+                self.assertEqual(read_all(client)[0], b"")
+            self.client(server, "127.0.0.2").greet()
+            ends = [line["end"] for line in self.lines_of(server, lines)]
+        self.assertEqual(sorted(ends), ["not-socks5"] * 2 + ["server-closed"])
+
+    def test_clients_and_limits_are_those_of_the_true_client(self):
+        with self.logged() as lines:
+            server = self.serve(proxy_from=["127.0.0.1"], clients=["192.0.2.0/24"],
+                                max_per_client=1)
+            waiting = [self.client(server) for _ in range(2)]  # nobody knows yet whose they are
+            self.behind(server, BLOCK).greet()
+            for header in LINE, self.header_for("127.0.0.1"):
+                self.assertEqual(read_all(self.behind(server, header))[0], b"")
+            for number, client in enumerate(waiting, 2):
+                client.sendall(self.header_for("192.0.2.%d" % number))
+                client.greet()
+            ends = [line["end"] for line in self.lines_of(server, lines)]
+        self.assertEqual(sorted(ends), ["rejected"] * 2 + ["server-closed"] * 3)
+        self.assertIn("client refused client=127.0.0.1:40400", lines)
+        self.assertIn("too many sessions of a client client=192.0.2.1:40400", lines)
+
+    def test_before_its_header_a_connection_counts_for_max_sessions(self):
+        with self.logged() as lines:
+            server = self.serve(proxy_from=["127.0.0.1"], max_sessions=1)
+            self.client(server)
+            wait_until(lambda: not server.drain(0))
+            self.assertEqual(read_all(self.client(server, "127.0.0.2"))[0], b"")
+            self.assertEqual(read_all(self.behind(server, BLOCK))[0], b"")
+            self.assertRegex(lines[0], "^too many sessions client=127.0.0.2:")
+            self.assertIn("rejected", [line["end"] for line in self.lines_of(server, lines)])
+
+    def test_hooks_and_logins_see_the_true_client(self):
+        asked = []
+
+        class Handler(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                asked.append(self.client_address)
+                return True
+
+        class Server(socks5.Socks5Server):
+            def verify_request(self, request, client_address):
+                asked.append(client_address)
+                return super().verify_request(request, client_address)
+
+        with self.logged() as lines, Server(
+                ("127.0.0.1", 0), Handler, users=USERS,
+                proxy_from=["127.0.0.0/8"]).running() as server:
+            client = self.behind(server, LINE).log_in()
+            self.assertEqual(client.ask(9), Reply.NOT_ALLOWED)
+            client = self.behind(server, self.header_for("192.0.2.7"))
+            client.say("05 01 02 01 01 61 01 62")
+            client.hear("05 02 01 01")
+        self.assertEqual(asked, [("192.0.2.1", 40400)] * 2 + [("192.0.2.7", 40400)])
+        self.assertIn("login failed client=192.0.2.7:40400 user=a", lines)
+
+    def test_a_health_check_is_logged_at_debug_level_unless_it_asks(self):
+        for header in LOCAL, UNKNOWN + "0d 0a":
+            for level, count in ("INFO", 1), ("DEBUG", 2):
+                with self.subTest(header=header, level=level), self.logged(level) as lines:
+                    server = self.serve(proxy_from=["127.0.0.1"])
+                    self.behind(server, header).greet().close()
+                    self.behind(server, header).greet().ask(9)
+                    self.assertEqual(len(self.lines_of(server, lines)), count)
+
+    def test_BIND_and_UDP(self):
+        plain = self.serve(proxy_from=["127.0.0.1"])
+        header = self.header_for("127.0.0.1")
+        self.assertEqual(self.behind(plain, header).greet().ask(9, command="02"), 7)
+        self.assertEqual(self.behind(plain, header).greet().ask(9, command="03"), 7)
+        target, sender = self.datagrams(), self.datagrams()
+        server = self.serve(proxy_from=["127.0.0.1"], udp_advertise="127.0.0.9")
+        self.assertEqual(self.behind(server, header).greet().ask(9, command="02"), 7)
+        client = self.behind(server, header).greet()
+        client.say("05 03 00 01 00 00 00 00 00 00")
+        code, (host, port) = client.read_reply()
+        self.assertEqual((code, host), (Reply.SUCCEEDED, "127.0.0.9"))
+        frame = octets("00 00 00 01 7f 00 00 01") + port_of(target.getsockname()[1])
+        sender.sendto(frame + b"ping", (host, port))  # the socket is on all addresses
+        data, outside = target.recvfrom(100)
+        target.sendto(data[::-1], outside)
+        self.assertEqual(sender.recv(100), frame + b"gnip")
+
+    @unittest.skipUnless(shutil.which("haproxy"), "no haproxy")
+    def test_two_instances_behind_haproxy(self):
+        served, door, port = [], self.listen(), self.echo()
+
+        class Handler(socks5.Socks5RequestHandler):
+            def authorize(self, destination):
+                served.append(self.server)
+                return True
+
+        def visit():
+            client = self.client(door.getsockname()[1], "127.0.0.2").greet()
+            self.assertEqual(client.ask(port), Reply.SUCCEEDED)
+            client.close()
+
+        servers = [self.serve(Handler, proxy_from=["127.0.0.1"], clients=["127.0.0.2"])
+                   for _ in range(2)]
+        path = self.file((HAPROXY % (door.fileno(), servers[0].server_address[1],
+                                     servers[1].server_address[1])).encode())
+        with self.logged("DEBUG") as lines:
+            process = subprocess.Popen(
+                ["haproxy", "-db", "-f", path], pass_fds=[door.fileno()],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.addCleanup(process.wait, PATIENCE)
+            self.addCleanup(process.kill)
+            wait_until(lambda: len(lines) >= 4)  # health checks
+            self.assertEqual({fields(line)["end"] for line in lines}, {"client-left"})
+            for _ in range(4):
+                visit()
+            self.assertEqual(set(served), set(servers))
+            self.stop(servers[0])
+            for _ in range(4):
+                visit()
+            self.assertEqual(served[4:], [servers[1]] * 4)
+            stranger = self.client(door.getsockname()[1])
+            stranger.say("05 01 00")
+            self.assertEqual(read_all(stranger)[0], b"")
+            self.stop(servers[1])
+        clients = [fields(line)["client"] for line in lines if "command=CONNECT" in line]
+        self.assertEqual([client.partition(":")[0] for client in clients], ["127.0.0.2"] * 8)
+        self.assertTrue(any(line.startswith("client refused client=127.0.0.1:")
+                            for line in lines))
+
+
+@LINUX_ONLY
+class SourceTests(DoorTestCase):
+
+    def test_targets_see_the_source(self):
+        ports, connect = [], socket.socket.connect
+
+        def connecting(sock, address):
+            if sock.getsockname()[0] == "127.0.0.2":
+                ports.append(sock.getsockname()[1])
+            return connect(sock, address)
+        listener = self.listen()
+        server = self.serve(source="127.0.0.2")
+        port = listener.getsockname()[1]
+        with mock.patch.object(socket.socket, "connect", connecting), resolver(
+                ("::1", port, 0, 0), ("127.0.0.1", port)):
+            for host in "127.0.0.1", "a.example":  # its address of the other family is left out
+                client = self.client(server).greet()
+                client.sendall(octets("05 01 00 03") + bytes([len(host)]) + host.encode()
+                               + port_of(port))
+                code, (bound, _) = client.read_reply()
+                self.assertEqual((code, bound), (Reply.SUCCEEDED, "127.0.0.2"))
+                self.assertEqual(self.own(listener.accept()[0]).getpeername()[0], "127.0.0.2")
+        self.assertEqual(ports, [0, 0])  # IP_BIND_ADDRESS_NO_PORT
+
+    def test_the_other_family_is_refused(self):
+        for source, address in (("127.0.0.2", "04" + "00" * 15 + "01"), ("::1", "01 7f 00 00 01")):
+            client = self.client(self.serve(source=source)).greet()
+            client.say("05 01 00" + address + "00 09")
+            self.assertEqual(client.read_reply()[0], Reply.NETWORK_UNREACHABLE)
+
+    def test_datagrams_come_from_the_source(self):
+        sender, target = self.datagrams(), self.datagrams()
+        with self.logged() as lines:
+            client = self.client(self.serve(source="127.0.0.2")).greet()
+            client.say("05 03 00 01 00 00 00 00 00 00")
+            inside = client.read_reply()[1]
+            port = port_of(target.getsockname()[1])
+            sender.sendto(octets("00 00 00 04" + "00" * 15 + "01") + port + b"lost", inside)
+            sender.sendto(octets("00 00 00 01 7f 00 00 01") + port + b"ping", inside)
+            data, source = target.recvfrom(100)
+            self.assertEqual((data, source[0]), (b"ping", "127.0.0.2"))
+            client.close()
+            self.assertEqual(self.session_line(lines)["dropped"], "1")
+
+    def test_max_per_user(self):
+        port = self.echo()
+        with self.logged() as lines:
+            server = self.serve(users=USERS, max_per_user=1)
+            first, second = (self.client(server).log_in() for _ in range(2))
+            self.assertEqual(first.ask(port), Reply.SUCCEEDED)  # one that only logs in is none
+            self.assertEqual(second.ask(port), Reply.NOT_ALLOWED)
+            other = self.client(server)
+            other.say("05 01 02 01 04 62 c3 bc 62 03 e2 82 ac")
+            other.hear("05 02 01 00")
+            self.assertEqual(other.ask(port), Reply.SUCCEEDED)
+            first.close()
+            wait_until(lambda: any("end=client-closed" in line for line in lines))
+            # The refused client is still connected, and counts no more than one that has left.
+            self.assertEqual(self.client(server).log_in().ask(port), Reply.SUCCEEDED)
+        self.assertIn("too many sessions of a user client=127.0.0.1:%d user=alice"
+                      % second.getsockname()[1], lines)
+
+    def test_balancers_and_the_source_are_reloaded(self):
+        listener = self.listen()
+        path = self.file(b"--client 127.0.0.0/8")
+        process, port = self.serve_command("@" + path)
+
+        def reload(text, answer):
+            with open(path, "w") as file:
+                file.write(text)
+            process.send_signal(signal.SIGHUP)
+            self.assertIn(answer, next(line for line in process.stderr if "reload" in line))
+        self.client(port).greet().close()
+        options = "--proxy-from 127.0.0.1\n--source 127.0.0.2\n--allow 127.0.0.1\n"
+        reload(options + "--client 192.0.2.0/24", "settings reloaded")
+        client = self.client(port)
+        client.say(BLOCK)
+        self.assertEqual(client.greet().ask(listener.getsockname()[1]), Reply.SUCCEEDED)
+        target = self.own(listener.accept()[0])
+        self.assertEqual(target.getpeername()[0], "127.0.0.2")
+        target.close()
+        reload(options, "reload failed, keeping the current settings: refusing to listen")
+        client.close()
+        process.terminate()
+        self.assertIn("client=192.0.2.1:40400", process.communicate(timeout=PATIENCE)[1])
+
+
 # ---- the command -------------------------------------------------------------------------
 
 SEES_WORKERS = hasattr(os, "fork") and os.path.exists(
@@ -4034,7 +4764,7 @@ class WorkersTest(ServiceTestCase):
                 with self.within(5):
                     self.assertEqual(service.end(*numbers), 0)
                 self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
-                self.assertRegex(service.text(), r"^Serving .*\nShutting down\.\n$")
+                self.assertEqual(service.text().count("Shutting down."), 1)
                 for worker in workers:
                     with self.assertRaises(ProcessLookupError):
                         os.kill(worker, 0)
@@ -4044,10 +4774,12 @@ class WorkersTest(ServiceTestCase):
         self.addCleanup(os.close, ours)
         os.set_blocking(ours, False)
         try:
-            service, _ = self.start_workers("--drain", str(2 * PATIENCE), "--handshake-timeout",
-                                            "1", pass_fds=[theirs])
+            service, workers = self.start_workers("--drain", str(2 * PATIENCE),
+                                                  "--handshake-timeout", "1", pass_fds=[theirs])
         finally:
             os.close(theirs)
+        for worker in workers:
+            self.addCleanup(self.kill, worker)
         client, target = self.tunnel(service.port)
         silent = self.client(service.port).greet()
         service.process.kill()
@@ -4060,6 +4792,11 @@ class WorkersTest(ServiceTestCase):
         target.close()
         with self.within(10):
             wait_until(lambda: self.left(ours))
+
+    def kill(self, process):
+        """End a process that a failed test leaves behind."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
     def left(self, pipe):
         """Return whether nobody can write to `pipe` any more."""
