@@ -110,6 +110,12 @@ Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # needs
 NEVER = float("inf")  # as a number of seconds, or as a moment
 
 
+def log_failure(what: str, error: BaseException) -> None:
+    """Log an unexpected exception: its type only, because its text may hold anything."""
+    log.error("%s error=%s", what, type(error).__name__,
+              exc_info=log.isEnabledFor(logging.DEBUG))
+
+
 # ---- vocabulary --------------------------------------------------------------------------
 
 VERSION = 5        # of SOCKS
@@ -190,10 +196,7 @@ ENDS = {  # each value that end= can have in the log
 # ---- failures: they travel up to the handler, which turns them into bytes ----------------
 
 class ProtocolError(Exception):
-    """The client does not follow the protocol: send `answer`, if there is one, and hang up.
-
-    `reason` is the value of end= in the log.
-    """
+    """The client breaks the protocol: log `reason` as end=, send `answer`, if any, and hang up."""
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         super().__init__(reason)
@@ -208,7 +211,7 @@ class RequestError(Exception):
         self.reply = reply
 
 
-REPLIES = {
+REPLIES: Dict[Optional[int], Reply] = {
     errno.EACCES: Reply.NOT_ALLOWED,  # by a packet filter of this host
     errno.EPERM: Reply.NOT_ALLOWED,
     errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
@@ -226,7 +229,7 @@ def reply_for(error: Exception) -> Reply:
         return Reply.HOST_UNREACHABLE
     if isinstance(error, socket.timeout):  # it has no errno
         return Reply.TTL_EXPIRED
-    return REPLIES.get(getattr(error, "errno", None) or 0, Reply.GENERAL_FAILURE)
+    return REPLIES.get(getattr(error, "errno", None), Reply.GENERAL_FAILURE)
 
 
 # ---- frames: each is drawn as the RFC draws it -------------------------------------------
@@ -275,15 +278,12 @@ def read_credentials(stream: Any) -> Tuple[bytes, bytes]:
     return read_counted(stream), read_counted(stream)
 
 
+FAMILIES = {0x01: (socket.AF_INET, 4), 0x04: (socket.AF_INET6, 16)}  # by ATYP; bytes of an ADDR
 UNIX = "unix:"  # begins the host of a client that has connected to a path; its user follows
 
 
 class Address(NamedTuple):
-    """`host`, an IP literal or a name, and `port`.
-
-    A name is what the client sent, with surrogates for bytes that are not UTF-8. `parse_host`
-    decides whether it can be a name.
-    """
+    """`host`, an IP literal or a name with surrogates for bytes that are not UTF-8, and `port`."""
     host: str
     port: int
 
@@ -296,33 +296,26 @@ class Address(NamedTuple):
     def read(cls, stream: Any) -> "Address":
         """Read from a frame. Raises RequestError if the address type is unknown."""
         kind = read_exactly(stream, 1)[0]
-        if kind == 0x01:
-            data = read_exactly(stream, 6)
-            host = socket.inet_ntop(socket.AF_INET, data[:4])
-        elif kind == 0x04:
-            data = read_exactly(stream, 18)
-            host = socket.inet_ntop(socket.AF_INET6, data[:16])
-        elif kind == 0x03:
+        if kind == 0x03:
             data = read_exactly(stream, read_exactly(stream, 1)[0] + 2)
             host = data[:-2].decode("utf-8", "surrogateescape")
+        elif kind in FAMILIES:
+            family, size = FAMILIES[kind]
+            data = read_exactly(stream, size + 2)
+            host = socket.inet_ntop(family, data[:size])
         else:
             raise RequestError(Reply.ADDRESS_TYPE_NOT_SUPPORTED)
         return cls(host, data[-2] << 8 | data[-1])
 
     def pack(self) -> bytes:
         """Return the bytes for a frame. `host` must be an IP literal: OSError otherwise."""
-        if ":" in self.host:
-            return b"\x04%b%b" % (socket.inet_pton(socket.AF_INET6, self.host),
-                                  self.port.to_bytes(2, "big"))
-        return b"\x01%b%b" % (socket.inet_pton(socket.AF_INET, self.host),
-                              self.port.to_bytes(2, "big"))
+        kind = 0x04 if ":" in self.host else 0x01
+        return b"%c%b%b" % (kind, socket.inet_pton(FAMILIES[kind][0], self.host),
+                            self.port.to_bytes(2, "big"))
 
     @classmethod
     def of(cls, sockaddr: Any) -> "Address":
-        """Return the address in what ``getsockname`` returns.
-
-        IPv4 mapped into IPv6 becomes IPv4. Families without ports become 0.0.0.0 port 0.
-        """
+        """Return the address in a sockaddr; mapped IPv4 becomes IPv4, a path 0.0.0.0 port 0."""
         if not isinstance(sockaddr, tuple):
             return UNSPECIFIED
         host, port = sockaddr[:2]
@@ -381,10 +374,7 @@ def pack_reply(reply: Reply, bound: Address) -> bytes:
 # | 2  |  1   |  1   | Variable |    2     | Variable |
 # +----+------+------+----------+----------+----------+
 class Datagram(NamedTuple):
-    """`data` that a client sends to `address`, or that came from there.
-
-    `fragment` is 0 for a datagram that stands alone.
-    """
+    """`data` to or from `address`; `fragment` is 0 for a datagram that stands alone."""
     fragment: int
     address: Address
     data: bytes
@@ -408,10 +398,11 @@ class Datagram(NamedTuple):
 # +-----------+-----+-----+-----+-------+-------+-------+-------+------+
 # |    12     |  1  |  1  |  2  | 4, 16 | 4, 16 |   2   |   2   | Var. |
 # +-----------+-----+-----+-----+-------+-------+-------+-------+------+
+PROXY_LINE = re.compile(
+    r"PROXY (?:UNKNOWN(?: .*)?|TCP(?P<version>[46]) (?P<host>\S+) \S+ (?P<port>\d+) \S+)\r\n")
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 LONGEST_LINE = 107     # bytes of a header of version 1
 LONGEST_HEADER = 4096  # bytes behind LEN
-PROXY_FAMILIES = {0x11: (socket.AF_INET, 4), 0x21: (socket.AF_INET6, 16)}
 
 
 def read_proxy_header(stream: Any) -> Optional[Address]:
@@ -435,31 +426,30 @@ def read_proxy_header(stream: Any) -> Optional[Address]:
 
 def parse_proxy_line(line: bytes) -> Optional[Address]:
     """Return the address in a header of version 1. Raises ValueError or OSError."""
-    words = line.decode("ascii").split(" ")
-    if words[0] != "PROXY" or not words[-1].endswith("\r\n"):
+    match = PROXY_LINE.fullmatch(line.decode("ascii"))
+    if not match or int(match.group("port") or 0) > 65535:
         raise ValueError
-    if words[1].strip() == "UNKNOWN":
+    if not match.group("version"):
         return None
-    family = {"TCP4": socket.AF_INET, "TCP6": socket.AF_INET6}.get(words[1])
-    if family is None or len(words) != 6 or not 0 <= int(words[4]) <= 65535:
-        raise ValueError
-    return Address(socket.inet_ntop(family, socket.inet_pton(family, words[2])), int(words[4]))
+    family = socket.AF_INET if match.group("version") == "4" else socket.AF_INET6
+    host = socket.inet_ntop(family, socket.inet_pton(family, match.group("host")))
+    return Address(host, int(match.group("port")))
 
 
 def read_proxy_block(stream: Any) -> Optional[Address]:
     """Return the address in a header of version 2. Raises ValueError or OSError."""
     head = read_exactly(stream, len(SIGNATURE) + 3)
-    length = int.from_bytes(head[-2:], "big")
-    if head[:-4] != SIGNATURE[1:] or head[-4] not in (0x20, 0x21) or length > LONGEST_HEADER:
+    command, kind, length = head[-4], head[-3], int.from_bytes(head[-2:], "big")
+    if head[:-4] != SIGNATURE[1:] or command not in (0x20, 0x21) or length > LONGEST_HEADER:
         raise ValueError
     body = read_exactly(stream, length)
-    if head[-4] == 0x20 or head[-3] not in PROXY_FAMILIES:  # LOCAL, or nothing that we know
+    if command == 0x20 or kind not in (0x11, 0x21):  # LOCAL, or neither TCP4 nor TCP6
         return None
-    family, size = PROXY_FAMILIES[head[-3]]
+    family, size = FAMILIES[0x01 if kind == 0x11 else 0x04]
     if length < 2 * size + 4:
         raise ValueError
-    return Address(socket.inet_ntop(family, body[:size]),
-                   int.from_bytes(body[2 * size:2 * size + 2], "big"))
+    port = int.from_bytes(body[2 * size:2 * size + 2], "big")
+    return Address(socket.inet_ntop(family, body[:size]), port)
 
 
 # ---- rules: who may connect, where they may go, and for how long -------------------------
@@ -484,7 +474,7 @@ def ip_number(host: str) -> Optional[int]:
 
 
 def encode_name(host: str) -> bytes:
-    """Return the name `host` for the resolver, in lower case. Raises RequestError if it is none.
+    """Return the name `host` for the resolver, in lower case. Raises RequestError.
 
     CPython up to 3.11 cuts a string at its NUL: the resolver would take ``localhost\\0.example``
     for localhost, and a rule would not.
@@ -496,15 +486,6 @@ def encode_name(host: str) -> bytes:
     if not name or not all(0x21 <= byte <= 0x7E for byte in name):
         raise RequestError(Reply.HOST_UNREACHABLE)
     return name
-
-
-def parse_host(host: str) -> Tuple[Optional[int], bytes]:
-    """Return the number of an IP literal and b"", or None and the name for the resolver.
-
-    Raises RequestError if `host` is neither.
-    """
-    ip = ip_number(host)
-    return (None, encode_name(host)) if ip is None else (ip, b"")
 
 
 def parse_network(text: str) -> range:
@@ -536,10 +517,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_rule_host(host: str) -> Tuple[Optional[range], bytes]:
-    """Return the addresses or the name that a rule is for. Raises ValueError.
-
-    (None, b"") is any host. A name that begins with a dot stands for its subdomains, too.
-    """
+    """Return the addresses or the name that a rule is for: see `Rule`. Raises ValueError."""
     if host == "*":
         return None, b""
     last = host.rstrip(".").rpartition(".")[2]
@@ -562,10 +540,9 @@ RULE = re.compile(
 
 
 class Rule(NamedTuple):
-    """Allow or deny `user` (or everybody: "") to go to `ports` of `hosts` or of `name`.
+    """Allow or deny `user` ("" is everybody) to go to `ports` of `hosts` or, if None, of `name`.
 
-    `hosts` is None in a rule for a name. A `name` of b"" is any name, and one that begins with
-    a dot stands for its subdomains, too.
+    A `name` of b"" is any host, and one that begins with a dot stands for its subdomains, too.
     """
     text: str  # for the log
     allows: bool
@@ -592,10 +569,9 @@ class Rule(NamedTuple):
                    match.group("user") or "", hosts, name, range(first, last + 1))
 
     def matches(self, user: str, name: bytes, ip: Optional[int], port: int) -> bool:
-        """Return True if the rule is for `user`, who asked for `name`, which is at `ip`.
+        """Return True if the rule is for `user`, who asked for `name` (b"" for an IP literal).
 
-        `name` is b"" if the request had an IP literal. If `ip` is None (not resolved yet),
-        return True if the rule might match.
+        If `ip` is None (not resolved yet), return True if the rule might match.
         """
         if self.user not in ("", user) or port not in self.ports:
             return False
@@ -622,7 +598,7 @@ def deciding_rule(rules: List[Rule], user: str, name: bytes, ip: Optional[int],
     """Return the first rule that matches; the last one is for all other destinations.
 
     If `ip` is None (not resolved yet), return the first rule that might allow, or that denies
-    whatever the address is: then nobody needs to ask the resolver.
+    whatever the address is: then no look-up is needed.
     """
     name = name.rstrip(b".")
     for rule in rules:
@@ -633,7 +609,7 @@ def deciding_rule(rules: List[Rule], user: str, name: bytes, ip: Optional[int],
 
 
 def check_credential(what: str, text: str) -> bytes:
-    """Return `text` as bytes. Raises ValueError if RFC 1929 cannot carry it, without quoting it."""
+    """Return `text` as bytes. Raises ValueError if RFC 1929 cannot carry it; does not quote it."""
     data = text.encode()
     if not 1 <= len(data) <= 255:
         raise ValueError(what + ": not 1 to 255 bytes")
@@ -643,8 +619,8 @@ def check_credential(what: str, text: str) -> bytes:
 def load_users(path: str) -> Dict[str, str]:
     """Return passwords by name, from a UTF-8 file with a line ``name:password`` for each user.
 
-    Blank lines and lines that begin with ``#`` are skipped. Raises OSError, or ValueError that
-    names the file and the line but does not quote it.
+    Blank lines and lines that begin with ``#`` are skipped. Raises OSError, or ValueError with
+    the file and the line number, but not the line.
     """
     users: Dict[str, str] = {}
     with open(path, "rb") as lines:
@@ -667,10 +643,10 @@ def load_users(path: str) -> Dict[str, str]:
     return users
 
 
-def check_seconds(name: str, value: float) -> float:
-    """Return `value`. Raises TypeError if it is not a number, ValueError if it is not positive."""
-    if not isinstance(value, (int, float)):
-        raise TypeError("%s: not a number: %r" % (name, value))
+def check_number(name: str, value: Any, kinds: Any = (int, float)) -> Any:
+    """Return `value`. Raises TypeError, or ValueError if it is not positive."""
+    if not isinstance(value, kinds):
+        raise TypeError("%s: not a%s number: %r" % (name, " whole" * (kinds is int), value))
     if not value > 0:
         raise ValueError("%s: not positive: %r" % (name, value))
     return value
@@ -678,9 +654,7 @@ def check_seconds(name: str, value: float) -> float:
 
 def check_limit(name: str, value: Optional[int]) -> int:
     """Return `value`, a very large number for None. Raises TypeError or ValueError."""
-    if not isinstance(value, (int, type(None))):
-        raise TypeError("%s: not a whole number: %r" % (name, value))
-    return sys.maxsize if value is None else int(check_seconds(name, value))
+    return sys.maxsize if value is None else int(check_number(name, value, int))
 
 
 def check_ip(name: str, value: Optional[str]) -> Optional[str]:
@@ -691,7 +665,7 @@ def check_ip(name: str, value: Optional[str]) -> Optional[str]:
 
 
 def command_number(name: str) -> int:
-    """Return the number of a command, given its name in COMMANDS. Raises ValueError."""
+    """Return the number of a command in COMMANDS. Raises ValueError."""
     if name not in COMMANDS:
         raise ValueError("commands: %r is not one of %s" % (name, ", ".join(COMMANDS)))
     return int(COMMANDS[name])
@@ -725,13 +699,13 @@ class Settings:
                  bind_timeout: float = 60.0, udp_timeout: float = 300.0,
                  udp_ports: Iterable[int] = (0,), udp_advertise: Optional[str] = None,
                  source: Optional[str] = None) -> None:
-        self.connect_timeout = check_seconds("connect_timeout", connect_timeout)
-        self.handshake_timeout = check_seconds("handshake_timeout", handshake_timeout)
-        self.idle_timeout = NEVER if idle_timeout is None else check_seconds(
-            "idle_timeout", idle_timeout)
-        self.linger = check_seconds("linger", linger)
-        self.bind_timeout = check_seconds("bind_timeout", bind_timeout)
-        self.udp_timeout = check_seconds("udp_timeout", udp_timeout)
+        self.connect_timeout = check_number("connect_timeout", connect_timeout)
+        self.handshake_timeout = check_number("handshake_timeout", handshake_timeout)
+        self.idle_timeout = check_number(
+            "idle_timeout", NEVER if idle_timeout is None else idle_timeout)
+        self.linger = check_number("linger", linger)
+        self.bind_timeout = check_number("bind_timeout", bind_timeout)
+        self.udp_timeout = check_number("udp_timeout", udp_timeout)
         self.max_sessions = check_limit("max_sessions", max_sessions)
         self.max_per_client = check_limit("max_per_client", max_per_client)
         self.max_per_user = check_limit("max_per_user", max_per_user)
@@ -822,8 +796,7 @@ class ThreadCache:
             try:
                 function(*args)
             except Exception as error:
-                log.error("thread failed error=%s", type(error).__name__,
-                          exc_info=log.isEnabledFor(logging.DEBUG))
+                log_failure("thread failed", error)
             del function, args, job  # an idle thread must not keep a session in memory
             job = self.next_job(jobs)
         self.threads.discard(threading.current_thread())
@@ -880,18 +853,16 @@ class Resolver:
     def look_up(self, name: bytes, port: int, deadline: float) -> List[SocketAddress]:
         """Return the addresses of `name`, best first, by `deadline` (monotonic clock).
 
-        Raises OSError: ``gaierror`` if there is no such name, ``timeout`` at the deadline,
-        NoThreadError.
+        Raises OSError: ``gaierror`` for an unknown name, ``timeout``, NoThreadError.
         """
         self.wait_for_slot(deadline)
         answers: Any = queue.Queue()
         try:
             start_thread(self.ask, name, port, answers)
+            answer = answers.get(timeout=seconds_until(deadline))
         except NoThreadError:
             self.slots.release()
             raise
-        try:
-            answer = answers.get(timeout=seconds_until(deadline))
         except queue.Empty:
             raise socket.timeout("the resolver is too slow") from None
         if isinstance(answer, Exception):
@@ -929,10 +900,7 @@ def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
 
 
 def start_attempt(address: SocketAddress, prepare: Prepare, patience: float) -> socket.socket:
-    """Return a socket that has had `patience` seconds to connect to `address`.
-
-    If that is 0, it is still connecting. Raises OSError if it fails in time.
-    """
+    """Return a socket that has had `patience` seconds to connect; if 0, it is still connecting."""
     sock = socket.socket(address[0], socket.SOCK_STREAM)
     try:
         prepare(sock)
@@ -962,21 +930,19 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
 def dial_all(attempts: selectors.BaseSelector, addresses: List[SocketAddress],
              deadline: float, prepare: Prepare) -> socket.socket:
     """Return the first socket to connect. The attempts are left to the caller to close."""
-    waiting = list(enumerate(addresses))
+    waiting = collections.deque(enumerate(addresses))
     errors: Dict[int, OSError] = {}
     while (waiting or attempts.get_map()) and time.monotonic() < deadline:
-        until = deadline
         if waiting:
-            number, address = waiting.pop(0)
+            number, address = waiting.popleft()
             try:
                 attempts.register(start_attempt(address, prepare, 0),
                                   selectors.EVENT_WRITE, number)
             except OSError as error:
                 errors[number] = error
                 continue
-        if waiting:
-            until = min(deadline, time.monotonic() + ATTEMPT_DELAY)
-        connected = winner(attempts, errors, until)
+        next_at = time.monotonic() + ATTEMPT_DELAY if waiting else deadline
+        connected = winner(attempts, errors, min(next_at, deadline))
         if connected:
             return connected
     raise errors.get(0) or socket.timeout("no address has answered")
@@ -1060,12 +1026,9 @@ def wake(sock: socket.socket, how: int) -> None:
 
 
 def run_on(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
-    """Let this thread run on `cpus`, if that is not None; return where it ran before.
-
-    This is an optimisation: a system that refuses it is left alone.
-    """
+    """Let this thread run on `cpus`; return where it ran before, None if the system refuses."""
     if cpus is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is an optimisation
             before = os.sched_getaffinity(0)
             os.sched_setaffinity(0, cpus)
             return before
@@ -1073,10 +1036,7 @@ def run_on(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
 
 
 class Flow:
-    """One direction of a relay, from `source` to `sink`.
-
-    `cpus` are those for work inside the kernel, None if the thread may stay where it is.
-    """
+    """One direction of a relay. `cpus` are those for work inside the kernel, None for any."""
 
     def __init__(self, source: socket.socket, sink: socket.socket,
                  cpus: Optional[Set[int]]) -> None:
@@ -1086,14 +1046,6 @@ class Flow:
         self.waiting_on = source
         self.sent = 0  # bytes
         self.stopped = False
-
-    def copy_reader(self, reader: Any) -> None:
-        """Send what `reader` has buffered already. A short read has emptied it."""
-        count = SMALL_BUFFER
-        while count == SMALL_BUFFER and not self.stopped:
-            data = reader.read1(SMALL_BUFFER)
-            self.send(memoryview(data))
-            count = len(data)
 
     def copy(self) -> None:
         """Copy until the source ends or the flow is stopped. Raises OSError if a side breaks."""
@@ -1115,8 +1067,7 @@ class Flow:
         """Send all of `data`. Raises OSError."""
         self.waiting_on = self.sink
         while data:
-            count = self.attempt(self.sink.send, data)
-            data = data[count:]
+            data = data[self.attempt(self.sink.send, data):]
         self.waiting_on = self.source
 
     def attempt(self, send: Callable[..., int], *args: Any) -> int:
@@ -1159,20 +1110,9 @@ class Flow:
             for descriptor in pipe:
                 os.close(descriptor)
 
-    def stop(self) -> None:
-        """End the flow soon; called from another thread."""
-        self.stopped = True
-        wake(self.source, socket.SHUT_RD)
-        if not self.sends_time_out:  # the only other way, though it may look like a clean end
-            wake(self.sink, socket.SHUT_WR)
-
 
 class Relay:
-    """Two flows between the sockets `client` and `target`.
-
-    The first bytes of the client are `early`, and what `reader` has buffered. `phase` and
-    `progress` are for deadlines, `counts` for the log.
-    """
+    """Two flows between two sockets. The client's first bytes are `early` and those in `reader`."""
 
     def __init__(self, client: socket.socket, target: socket.socket, reader: Any,
                  early: bytes = b"", cpus: Optional[Set[int]] = None) -> None:
@@ -1184,10 +1124,7 @@ class Relay:
 
     @property
     def end(self) -> str:
-        """How the relay ends: the first end that is not clean, otherwise the first one.
-
-        "" while both flows run, "client-closed" or "target-closed" when one of them goes on.
-        """
+        """The first end that is not clean, otherwise the first one, "" while both flows run."""
         for end in self.ends:
             if end not in CLEAN:
                 return end
@@ -1196,45 +1133,49 @@ class Relay:
     def run(self, threads: ThreadCache, reply: bytes) -> None:
         """Send `reply` to the client, and relay until both flows have ended.
 
-        One flow is in this thread, the other in a second one. Raises NoThreadError, in which
-        case nothing was sent.
+        Raises NoThreadError, in which case nothing was sent.
         """
         self.reply = reply
         down_ended = threading.Lock()
         down_ended.acquire()
-        threads.start(self.carry, self.down, self.carry_down, down_ended.release)
-        self.carry(self.up, self.carry_up, lambda: None)
+        threads.start(self.carry_down, down_ended)
+        self.carry(self.up, self.copy_up)
         down_ended.acquire()
 
-    def carry_up(self) -> None:
+    def copy_up(self) -> None:
         """Copy from the client to the target."""
         if self.early:
             self.up.send(memoryview(self.early))
-        self.up.copy_reader(self.reader)
+        self.up.send(memoryview(self.reader.peek()))  # reads if nothing is buffered
         self.up.copy()
 
-    def carry_down(self) -> None:
+    def copy_down(self) -> None:
         """Send the reply, and copy from the target to the client."""
         self.down.send(memoryview(self.reply))
         self.down.copy()
 
-    def carry(self, flow: Flow, copy: Callable[[], None], done: Callable[[], None]) -> None:
-        """Call `copy`, and pass on the end of the source, or break off. Then call `done`."""
+    def carry_down(self, ended: Any) -> None:
+        """Carry the target's bytes in a thread of its own, and then release `ended`."""
+        try:
+            self.carry(self.down, self.copy_down)
+        finally:
+            ended.release()
+
+    def carry(self, flow: Flow, copy: Callable[[], None]) -> None:
+        """Call `copy`, and pass on the end of the source, or break off."""
         try:
             copy()
             if self.end in CLEAN:
                 self.pass_on_end(flow)
         except Exception as error:
             self.break_off(flow, error)
-        finally:
-            done()
 
     def pass_on_end(self, flow: Flow) -> None:
         """Half-close the sink. Raises OSError if the source was reset.
 
-        A reset is reported once. If the other thread was told of it while it was sending, this
-        one has read an end, but the socket has no peer any more. If the other flow has ended
-        cleanly, its thread was not told, and the socket has no peer because both sides closed.
+        A reset is reported once, perhaps to the other thread while it sent: then this one has read
+        an end, but the socket has no peer. It has none either once both sides have closed it; so
+        this counts only while the other flow runs.
         """
         try:
             flow.source.getpeername()
@@ -1249,7 +1190,7 @@ class Relay:
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Note why the relay breaks, and end the other flow, which still delivers what it has."""
         if not isinstance(error, OSError):
-            log.error("relay failed error=%s", type(error).__name__)
+            log_failure("relay failed", error)
             self.ends.append("error")
         elif flow.waiting_on is self.up.source:
             self.ends.append("client-lost" if isinstance(error, TimeoutError) else "client-reset")
@@ -1262,7 +1203,10 @@ class Relay:
         """End the relay with a reset, for the reason `end`; called from another thread."""
         self.ends.append(end)
         for flow in (self.up, self.down):
-            flow.stop()
+            flow.stopped = True
+            wake(flow.source, socket.SHUT_RD)
+            if not flow.sends_time_out:  # the only other way, though it may look like a clean end
+                wake(flow.sink, socket.SHUT_WR)
 
     def phase(self, settings: Settings) -> Tuple[str, float]:
         """Return the phase, and the seconds that it may last without progress."""
@@ -1290,10 +1234,7 @@ DESTINATIONS = 4096       # that one association remembers
 
 
 def open_outside(source: Optional[str]) -> socket.socket:
-    """Return a socket for datagrams, bound to the address `source` if that is not None.
-
-    Otherwise it is for both families, or for IPv4 on a host without IPv6.
-    """
+    """Return a datagram socket at the address `source`; if None, for both families, if possible."""
     try:
         if source and ":" not in source:
             raise OSError
@@ -1309,8 +1250,8 @@ class Association:
     """Datagrams between a client, at the socket `inside`, and its targets, at `outside`.
 
     `client` is the client's address; if its port is 0, the first datagram tells. `find_routes`
-    returns the addresses to try for a destination, or raises RequestError or OSError. What the
-    handler uses is named as in `Relay`.
+    returns the addresses to try for a destination, or raises RequestError or OSError. The rest
+    is the interface of `Relay`.
     """
 
     def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
@@ -1321,8 +1262,7 @@ class Association:
         self.lock = threading.Lock()  # for the routes, the hosts and the counts
         self.routes: Dict[Address, Any] = {}
         self.hosts: Set[str] = set()  # to which the client has sent
-        self.counts: Dict[str, int] = dict.fromkeys(
-            ["up", "down", "datagrams_up", "datagrams_down", "dropped"], 0)
+        self.counts = {"up": 0, "down": 0, "datagrams_up": 0, "datagrams_down": 0, "dropped": 0}
         self.lookups = threading.BoundedSemaphore(LOOKUPS)
         self.end = ""
 
@@ -1330,9 +1270,10 @@ class Association:
         """Send `reply` to the client, and relay datagrams until the control connection ends."""
         self.threads = threads
         self.control.sendall(reply)
+        receivers = {self.control: self.read_control, self.inside: self.relay_up,
+                     self.outside: self.relay_down}
         with Selector() as selector:
-            for sock, receive in ((self.control, self.read_control),
-                                  (self.inside, self.relay_up), (self.outside, self.relay_down)):
+            for sock, receive in receivers.items():
                 sock.setblocking(False)
                 selector.register(sock, selectors.EVENT_READ, receive)
             while not self.end:
@@ -1392,7 +1333,7 @@ class Association:
             raise
 
     def send_to_name(self, datagram: Datagram) -> None:
-        """Send `datagram` to a name."""
+        """Send `datagram` to a name, in a thread of its own."""
         try:
             self.attempt(self.send, datagram)
         finally:
@@ -1401,16 +1342,14 @@ class Association:
     def send(self, datagram: Datagram) -> None:
         """Send `datagram` to the first address that takes it, and remember that address.
 
-        Nothing tells whether somebody answers there, so IPv4 comes first: more services listen
-        on it. The second try is for hosts that have only IPv6.
+        IPv4 comes first: nothing tells whether somebody answers, and more services listen on it.
         """
         route = self.routes.get(datagram.address)
         routes = [route] if route else sorted(
             self.find_routes(datagram.address), key=lambda route: ":" in route[0])
         for number, route in enumerate(routes, 1):
             try:
-                target = self.remember(datagram.address, route)
-                self.outside.sendto(datagram.data, target)
+                self.outside.sendto(datagram.data, self.remember(datagram.address, route))
                 break
             except (OSError, RequestError):
                 self.routes.pop(datagram.address, None)
@@ -1503,11 +1442,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.early = b""
         self.is_admitted = False  # counts for `max_per_user`
         self.end = ""
-        self.fields: Dict[str, object] = dict.fromkeys(  # of the line in the log
-            ["client", "user", "command", "destination", "reached", "reply", "rule"], "")
-        self.fields["user"] = self.user
+        self.fields: Dict[str, object] = {  # of the line in the log
+            "client": client, "user": self.user, "command": "", "destination": "", "reached": "",
+            "reply": "", "rule": ""}
+        self.rules = self.settings.rules_for(client.host)
         self.is_proxied = self.settings.is_balancer(self.client_address)
-        self.set_client(client)
         self.start_phase("handshake", self.settings.handshake_timeout)
         with self.server.lock:
             self.server.sessions.add(self)
@@ -1534,7 +1473,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def finish(self) -> None:
         """Close the sockets, and log the session."""
         self.set_end("error")
-        state = dict(self.state(), end=self.end)
+        state = {**self.state(), "end": self.end}
         self.server.session_ended(self, state)
         super().finish()
         for sock in self.sockets:
@@ -1543,16 +1482,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     # -- the client, and negotiation
 
-    def set_client(self, client: Address) -> None:
-        """Set the client's address for the log, and the rules that apply to it."""
-        self.fields["client"] = client
-        self.rules = self.settings.rules_for(client.host)
-
     def meet_client(self) -> None:
-        """Read a balancer's header; from then on, its client is the client.
-
-        A connection without a client (a health check) never counts as local.
-        """
+        """Read a balancer's header. One without a client (a health check) is never local."""
         is_near = is_loopback(Address.of(self.client_address).host)
         client = read_proxy_header(self.rfile)
         if client is None:
@@ -1560,9 +1491,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.log_level = logging.DEBUG
             return
         self.client_address = tuple(client)
-        self.set_client(Address.of(client))
-        if not is_near:  # what is local there is not local here
-            self.rules = self.settings.rules_for_remote
+        self.fields["client"] = client = Address.of(client)
+        self.rules = (  # what is local there is not local here
+            self.settings.rules_for(client.host) if is_near else self.settings.rules_for_remote)
         if not self.server.verify_request(self.connection, self.client_address):
             raise ProtocolError("rejected")
 
@@ -1576,10 +1507,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             self.log_in()
 
     def select_method(self, offered: bytes) -> int:
-        """Return the `Method` to use, given those `offered`, one byte each (section 3).
-
-        If there are users, a client must log in.
-        """
+        """Return the `Method` to use, given those `offered`, one byte each (section 3)."""
         method = 0x00 if self.settings.users is None else 0x02
         return method if method in offered else 0xFF
 
@@ -1597,10 +1525,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.send(b"\x01\x00")
 
     def authenticate(self, username: bytes, password: bytes) -> bool:
-        """Return True if these are the credentials of a user.
-
-        An unknown user takes as long as a wrong password.
-        """
+        """Return True for the credentials of a user; it takes as long for an unknown one."""
         expected = (self.settings.users or {}).get(username)
         matches = hmac.compare_digest(expected or b"", password)
         return matches and expected is not None
@@ -1620,8 +1545,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
         if self.user and not self.server.admit_user(self):
             raise RequestError(Reply.NOT_ALLOWED)
-        if request.command != 0x03:  # UDP: its datagrams have destinations, the request has none
-            self.check_authorized(request.destination)
+        is_udp = request.command == 0x03  # its datagrams have destinations, the request has none
+        if not is_udp and not self.authorize(request.destination):
+            raise RequestError(Reply.NOT_ALLOWED)
         method(request.destination)
 
     def is_served(self, command: int) -> bool:
@@ -1633,11 +1559,6 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             command == 0x01 or self.server.address_family != UNIX_FAMILY and (
                 not self.is_proxied or command == 0x03 and self.settings.udp_advertise))
         return bool(is_possible) and command in self.settings.commands
-
-    def check_authorized(self, destination: Address) -> None:
-        """Ask `authorize`. Raises RequestError if it refuses."""
-        if not self.authorize(destination):
-            raise RequestError(Reply.NOT_ALLOWED)
 
     def authorize(self, destination: Address) -> bool:
         """Return True if the client may go to `destination`, as it was requested."""
@@ -1656,8 +1577,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def refuse(self, answer: bytes, end: str) -> None:
         """Send `answer`, if there is one, and give the client time to read it.
 
-        A close() while bytes of the client are unread would send a reset, which can destroy
-        the answer on its way.
+        A close() with unread bytes of the client would send a reset, which can destroy the answer.
         """
         self.set_end(end)
         if answer:
@@ -1677,14 +1597,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         if not isinstance(target, socket.socket) or hasattr(target, "unwrap"):
             raise TypeError("connect() returned a %s" % type(target).__name__)
         self.own_socket(target)
-        self.relay_to(target, Address.of(target.getsockname()))
+        self.relay_to(target, target.getsockname())
 
     def connect(self, destination: Address) -> socket.socket:
         """Return a socket that is connected to `destination`; the session closes it.
 
         The default dials the permitted addresses within `connect_timeout` seconds. Raises
-        RequestError or OSError. Not for TLS sockets: two threads cannot share one, and TLS
-        has no half-close. Relay through a ``socket.socketpair()`` instead.
+        RequestError or OSError. Not for TLS sockets: two threads cannot share one, and TLS has no
+        half-close. Relay through a ``socket.socketpair()`` instead.
         """
         deadline = time.monotonic() + self.settings.connect_timeout
         return dial(self.permitted(destination, deadline), deadline, self.prepare)
@@ -1717,7 +1637,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with self.server.lock:
             listener.close()
         self.own_socket(target)
-        self.relay_to(target, Address.of(peer))
+        self.relay_to(target, peer)
 
     def local_address(self, peer: SocketAddress) -> Any:
         """Return the address from which this host reaches `peer`. Raises OSError."""
@@ -1727,11 +1647,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def accept(self, listener: socket.socket, hosts: Optional[Set[str]],
                deadline: float) -> Tuple[socket.socket, Any]:
-        """Return a connection from one of `hosts`, and the peer's address.
-
-        `hosts` is None for any host that the rules allow. Raises OSError at `deadline`, and if
-        the client leaves.
-        """
+        """Return a connection from one of `hosts` and its address. Raises OSError at `deadline`."""
         listener.setblocking(False)
         with Selector() as selector:
             selector.register(listener, selectors.EVENT_READ)
@@ -1769,16 +1685,16 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
         """Relay datagrams (section 7); the client sends them from the port of `destination`."""
-        here = self.connection.getsockname()
+        settings, here = self.settings, self.connection.getsockname()
         if self.is_proxied:  # the balancer has reached another address than clients can
-            here = ("::", 0, 0, 0) if ":" in str(self.settings.udp_advertise) else ("0.0.0.0", 0)
-        inside = self.open_socket(socket.SOCK_DGRAM, here, self.settings.udp_ports)
-        outside = open_outside(self.settings.source)
+            here = ("::", 0, 0, 0) if ":" in str(settings.udp_advertise) else ("0.0.0.0", 0)
+        inside = self.open_socket(socket.SOCK_DGRAM, here, settings.udp_ports)
+        outside = open_outside(settings.source)
         self.own_socket(outside)
         client = Address(Address.of(self.client_address).host, destination.port)
-        bound = Address.of(inside.getsockname())
+        host, port = Address.of(inside.getsockname())
         self.run_relay(Association(self.connection, inside, outside, client, self.find_routes),
-                       Address(self.settings.udp_advertise or bound.host, bound.port))
+                       Address(settings.udp_advertise or host, port))
 
     def open_socket(self, kind: int, here: Any, ports: Iterable[int]) -> socket.socket:
         """Return a socket bound to one of `ports` at the address of `here`. Raises OSError."""
@@ -1791,14 +1707,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
                 return sock
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
-    def relay_to(self, target: socket.socket, bound: Address) -> None:
-        """Reply with the address `bound`, and relay between the client and `target`."""
+    def relay_to(self, target: socket.socket, sockaddr: Any) -> None:
+        """Reply with the address in `sockaddr`, and relay between the client and `target`."""
         target.setblocking(True)
         set_options(target, TUNED)
         with contextlib.suppress(OSError):  # it may be gone already
             self.fields["reached"] = Address.of(target.getpeername())
         self.run_relay(Relay(self.connection, target, self.rfile, self.early, self.server.cpus),
-                       bound)
+                       Address.of(sockaddr))
 
     def run_relay(self, relay: Any, bound: Address) -> None:
         """Reply that the request has succeeded, and relay until the end."""
@@ -1821,24 +1737,23 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         A name is resolved by `deadline` (monotonic clock). Raises RequestError if no address is
         left, OSError if the name cannot be resolved.
         """
-        ip, name = parse_host(destination.host)
+        ip = ip_number(destination.host)
+        name = encode_name(destination.host) if ip is None else b""
         rule = self.rule_for(name, ip, destination.port)
         if ip is not None and rule.allows:
             family = socket.AF_INET6 if ":" in destination.host else socket.AF_INET
             return [(family, tuple(destination))]
         allowed = []
-        for address in self.look_up(name, destination.port, deadline) if rule.allows else ():
-            rule = self.rule_for(name, ip_number(Address.of(address[1]).host), destination.port)
-            if rule.allows:
-                allowed.append(address)
+        if rule.allows:
+            for address in self.server.resolver.look_up(name, destination.port, deadline):
+                host, port = Address.of(address[1])
+                rule = self.rule_for(name, ip_number(host), port)
+                if rule.allows:
+                    allowed.append(address)
         if not allowed:
             self.fields["rule"] = rule.text
             raise RequestError(Reply.NOT_ALLOWED)
         return allowed
-
-    def look_up(self, name: bytes, port: int, deadline: float) -> List[SocketAddress]:
-        """Ask the system's resolver; see `Resolver.look_up`."""
-        return self.server.resolver.look_up(name, port, deadline)
 
     def rule_for(self, name: bytes, ip: Optional[int], port: int) -> Rule:
         """Return the rule that decides for this client; see `deciding_rule`."""
@@ -1846,7 +1761,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def find_routes(self, destination: Address) -> List[Any]:
         """Return the addresses for datagrams to `destination`. Raises RequestError or OSError."""
-        self.check_authorized(destination)
+        if not self.authorize(destination):
+            raise RequestError(Reply.NOT_ALLOWED)
         deadline = time.monotonic() + self.settings.connect_timeout
         return [address[1] for address in self.permitted(destination, deadline)]
 
@@ -1868,9 +1784,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def check_deadline(self) -> None:
         """Hang up if the phase has lasted too long. A relay's progress starts it anew."""
-        if self.relay and self.phase.name != "closing" and self.relay.progress() != self.progress:
-            self.progress = self.relay.progress()
-            self.start_phase(*self.relay.phase(self.settings))
+        if self.relay and self.phase.name != "closing":
+            progress = self.relay.progress()
+            if progress != self.progress:
+                self.progress = progress
+                self.start_phase(*self.relay.phase(self.settings))
         if self.server.clock() >= self.phase.deadline:
             self.hang_up(self.phase.name + "-timeout")
 
@@ -1890,8 +1808,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def state(self) -> Dict[str, object]:
         """Return the fields of the session's line in the log."""
         counts = self.relay.counts if self.relay else {"up": 0, "down": 0}
-        return dict(self.fields, reply=self.reply.name if self.reply is not None else "", **counts,
-                    seconds="%.3f" % (time.monotonic() - self.started))
+        return {**self.fields, "reply": self.reply.name if self.reply is not None else "", **counts,
+                "seconds": "%.3f" % (time.monotonic() - self.started)}
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
         """Log `event` with `fields`, at a level of `logging`.
@@ -1931,12 +1849,6 @@ def session_limit() -> int:
     return max(1, (limit - SPARE_DESCRIPTORS) // 2)
 
 
-def identify(path: str) -> Tuple[int, int]:
-    """Return the device and the inode of `path`. Raises OSError."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
 def remove_stale_socket(path: str) -> None:
     """Remove the socket at `path` if nobody listens on it any more. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
@@ -1949,10 +1861,7 @@ def remove_stale_socket(path: str) -> None:
 
 
 def peer_name(sock: socket.socket) -> str:
-    """Return the login name of the process behind a Unix socket, its number if it has none.
-
-    "" on a system whose kernel does not tell.
-    """
+    """Return the login name, or the number, of the process behind a Unix socket; "" if unknown."""
     if not hasattr(socket, "SO_PEERCRED"):
         return ""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
@@ -1982,6 +1891,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = os.name == "posix"  # elsewhere it lets others take the port
     request_queue_size = 1024
+    is_accepting = True
+    paused = 0.0  # seconds for which the whole process stood still
 
     def __init__(self, server_address: Any,
                  RequestHandlerClass: Callable[..., Any] = Socks5RequestHandler, *,
@@ -1998,12 +1909,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.session_limit = session_limit()
         self.cpus: Optional[Set[int]] = None  # for flows inside the kernel, if not all
         self.next_sweep = time.monotonic()
-        self.paused = 0.0  # seconds for which the whole process stood still
         self.warnings: Dict[str, Tuple[float, int]] = {}  # when each is due, and how many were not
-        self.is_accepting = True
         self.closing = threading.Event()
         self.mode = mode
-        self.path_owner: Any = None  # process, device and inode, if it has to be removed
+        self.path_owner: Any = None  # process, inode and device, if it has to be removed
         if isinstance(server_address, str):
             self.address_family = UNIX_FAMILY or socket.AF_INET
         elif ":" in server_address[0]:
@@ -2032,7 +1941,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if path:
                 os.umask(umask)
         if path:
-            self.path_owner = (os.getpid(), *identify(path))
+            self.path_owner = os.getpid(), os.stat(path)[1:3]
         self.set_options()
 
     def set_options(self) -> None:
@@ -2043,8 +1952,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def accept_forever(self) -> None:
         """Accept clients while `is_accepting`, then those that are queued, and stop listening.
 
-        Other processes accept on the same socket. Of all that wait in accept(), Linux wakes
-        one, in turn; of all that wait in a selector, each.
+        Other processes accept on the same socket: Linux wakes one of all that wait in accept(), in
+        turn, but each of all that wait in a selector.
         """
         self.timeout = ACCEPT_TIMEOUT
         while self.is_accepting:
@@ -2062,7 +1971,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """Remove the path that this process listens on, if it is still the same one."""
         path: Any = self.server_address
         with contextlib.suppress(OSError):
-            if self.path_owner and self.path_owner == (os.getpid(), *identify(path)):
+            if self.path_owner and self.path_owner == (os.getpid(), os.stat(path)[1:3]):
                 os.unlink(path)
 
     def _handle_request_noblock(self) -> None:
@@ -2161,7 +2070,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 self.paused += late if late >= LATE_SWEEP else 0
                 self.for_each_session(Socks5RequestHandler.check_deadline)
         except Exception as error:
-            log.error("checking deadlines failed error=%s", type(error).__name__)
+            log_failure("checking deadlines failed", error)
 
     def for_each_session(self, action: Callable[..., None], *args: Any) -> None:
         """Call `action` with each session. One that fails must not keep it from the others."""
@@ -2194,10 +2103,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         log.warning(message, *args)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an unexpected exception: its type only, because its text may hold anything."""
-        kind = sys.exc_info()[0] or Exception
-        log.error("session failed client=%s error=%s", Address.of(client_address),
-                  kind.__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+        """Log an unexpected exception of a session."""
+        error = sys.exc_info()[1] or Exception()
+        log_failure("session failed client=%s" % (Address.of(client_address),), error)
 
     def report(self) -> None:
         """Log each live session, and the totals of those that have ended."""
@@ -2255,12 +2163,11 @@ SETTLED = 5.0      # seconds; a worker that dies sooner makes the next pause twi
 LAST_RESORT = 2.0  # seconds after `drain` at which the process ends, whatever blocks
 END_NOW = 0        # what a parent tells its workers at the second signal; no signal has this number
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNALS = {getattr(signal, name) for name in (
-    "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)}
-IGNORED = {getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
-           if hasattr(signal, name)}
+SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGCHLD = (getattr(signal, name, None) for name in (
+    "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD"))  # Windows has none of them
+SIGNALS: Set[Any] = {*STOP_SIGNALS, SIGHUP, SIGUSR1, SIGALRM, SIGCHLD} - {None}
+IGNORED: Set[Any] = {SIGHUP, SIGUSR1, SIGUSR2, SIGALRM} - {None}  # until the service catches them
 SO_DOMAIN = 39  # Linux's number; the module `socket` has no name for it before 3.15
-SIGHUP, SIGUSR1 = (getattr(signal, name, None) for name in ("SIGHUP", "SIGUSR1"))
 
 
 def usable_cpus() -> List[int]:
@@ -2273,10 +2180,9 @@ def usable_cpus() -> List[int]:
 def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
     """Run this thread, and those that it starts, on one CPU; return all CPUs, None if refused.
 
-    Only one thread at a time has the interpreter. On several CPUs, each system call of a
-    thread wakes others there, which ask for the interpreter in vain. SCHED_BATCH keeps a
-    thread that a packet wakes from preempting the one that has the interpreter. A build
-    without the global lock needs neither.
+    Only one thread at a time has the interpreter: on several CPUs, threads wake each other to
+    ask for it in vain. SCHED_BATCH keeps a thread that a packet wakes from preempting the one
+    that has the interpreter. A build without the global lock needs neither.
     """
     if not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
@@ -2345,6 +2251,13 @@ def inherited_socket() -> Optional[socket.socket]:
     return sock
 
 
+def describe(error: BaseException) -> str:
+    """Return what `error` says to a user, without the number that OSError has before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
+    return str(error)
+
+
 class LogHandler(logging.Handler):
     """Write the log to a descriptor. Lines that would block are dropped, and counted."""
 
@@ -2365,9 +2278,8 @@ class LogHandler(logging.Handler):
         """Write the line for `record`, and before it how many were dropped."""
         lines = [record]
         if self.dropped:
-            lines.insert(0, logging.LogRecord(
-                log.name, logging.WARNING, "", 0, "log lines dropped count=%d",
-                (self.dropped,), None))
+            lines.insert(0, logging.makeLogRecord({
+                "levelname": "WARNING", "msg": "log lines dropped count=%d" % self.dropped}))
         try:
             is_written = all(write_unless_stuck(self.descriptor, self.format(line))
                              for line in lines)
@@ -2385,11 +2297,6 @@ class Worker:
         self.link: Any = None  # what the parent writes here, the worker reads
         self.started = self.start_at = 0.0
         self.pause = SHORTEST_PAUSE
-
-    def tell(self, word: int) -> None:
-        """Send `word`, the number of a signal or END_NOW."""
-        with contextlib.suppress(OSError):  # it has died
-            self.link.send(bytes([word]))
 
     def has_died(self) -> bool:
         """Return True if there is no process any more."""
@@ -2409,14 +2316,13 @@ class Worker:
 class Service:
     """Runs a server until signals stop it, in this process or in worker processes.
 
-    There is one loop in each process. It reads the numbers of signals from a socket pair, into
-    which the interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which
-    their parent writes what they are to do; its end of file means that the parent has died. A
-    worker heeds only the first signal to stop: a terminal or systemd sends each signal to all
-    processes, and what it means beyond that is for the parent to decide.
+    Each process has one loop. It reads the numbers of signals from a socket pair, into which the
+    interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which their
+    parent writes what they are to do; its end of file means that the parent has died. A worker
+    heeds only the first signal to stop: a terminal or systemd sends each signal to all processes,
+    and what it means beyond that is for the parent to decide.
 
-    The parent keeps the listening socket open, so clients that are queued when a worker dies
-    are served by the others.
+    The parent keeps the listening socket open: if a worker dies, the others serve its queue.
     """
 
     def __init__(self, server: Socks5Server, workers: int, drain: float,
@@ -2446,19 +2352,14 @@ class Service:
         signal.set_wakeup_fd(ours.detach())
         for number in SIGNALS:
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.arm_last_resort)
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, self.exit_if_overdue)
+                signal.signal(number, self.on_signal)
 
-    def arm_last_resort(self, number: int, frame: Any) -> None:
-        """Make sure that the process ends, whatever blocks the loop."""
-        if number in STOP_SIGNALS and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, min(self.drain, 1e6) + LAST_RESORT)
-
-    def exit_if_overdue(self, number: int, frame: Any) -> None:
-        """Exit without waiting for anything, if the process should have ended by now."""
-        if time.monotonic() >= self.end_at:
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Make sure that the process ends in time, whatever blocks the loop."""
+        if number == SIGALRM and time.monotonic() >= self.end_at:
             os._exit(0)
+        if number in STOP_SIGNALS and SIGALRM:
+            signal.setitimer(signal.ITIMER_REAL, min(self.drain, 1e6) + LAST_RESORT)
 
     def start_serving(self, number: int) -> None:
         """Accept clients in this process, on a CPU chosen by `number`."""
@@ -2468,15 +2369,14 @@ class Service:
     def run_loop(self) -> None:
         """Obey signals, check deadlines and restart workers until there is nothing left to do."""
         with Selector() as selector:
-            selector.register(self.signals, selectors.EVENT_READ, self.obey_signal)
-            if self.parent:
-                selector.register(self.parent, selectors.EVENT_READ, self.obey_parent)
+            for source in (self.signals, self.parent) if self.parent else (self.signals,):
+                selector.register(source, selectors.EVENT_READ)
             while not self.is_done():
                 try:
                     self.look_after_workers()
                     self.server.service_actions()
                     for key, _ in selector.select(self.interval()):
-                        self.read_numbers(selector, key)
+                        self.read_numbers(selector, key.fileobj)
                 except Exception as error:
                     self.server.warn("service failed error=%s", type(error).__name__)
                     time.sleep(EXHAUSTION_PAUSE)
@@ -2489,14 +2389,13 @@ class Service:
         is_waiting = self.end_at < NEVER or not all(worker.process for worker in self.workers)
         return CLOSING_INTERVAL if is_waiting else SWEEP_INTERVAL
 
-    def read_numbers(self, selector: selectors.BaseSelector, key: selectors.SelectorKey) -> None:
+    def read_numbers(self, selector: selectors.BaseSelector, source: Any) -> None:
         """Obey the numbers that can be read; an end of file is a SIGTERM of the parent."""
-        source: Any = key.fileobj
         numbers = source.recv(1024)
         if not numbers:
             selector.unregister(source)
         for number in numbers or [signal.SIGTERM]:
-            key.data(number)
+            self.obey(number, source is (self.parent or self.signals))
 
     def is_done(self) -> bool:
         """Return True if the service has been stopped and nothing is left to wait for."""
@@ -2508,48 +2407,40 @@ class Service:
 
     # -- what to obey
 
-    def obey_signal(self, number: int) -> None:
-        """Obey a signal to this process, and pass it on to the workers."""
+    def obey(self, number: int, is_order: bool) -> None:
+        """Obey a signal or END_NOW. In a worker, only its parent gives orders."""
         if number == SIGHUP and os.isatty(0) != self.has_terminal:
             number = signal.SIGTERM  # the terminal is gone, like that of an ssh connection
-        if number in STOP_SIGNALS:
-            if self.end_at == NEVER:
-                self.stop()
-            elif not self.parent:
-                self.end_now()
-        elif not self.parent:
-            self.obey(number)
-
-    def obey_parent(self, number: int) -> None:
-        """Obey what the parent says."""
-        if number == END_NOW:
-            self.end_now()
-        elif number not in STOP_SIGNALS:
-            self.obey(number)
-        elif self.end_at == NEVER:
+        if number in STOP_SIGNALS and self.end_at == NEVER:
             self.stop()
+        elif number == END_NOW or number in STOP_SIGNALS and not self.parent:
+            self.end_at = time.monotonic()
+            self.tell_workers(END_NOW)
+        elif number == SIGUSR1 and is_order:
+            self.tell_workers(SIGUSR1)
+            if not self.workers:
+                self.server.report()
+        elif number == SIGHUP and is_order:
+            self.reload()
 
-    def obey(self, number: int) -> None:
-        """Reload or report, here and in the workers."""
-        if number == SIGUSR1 and not self.workers:
-            self.server.report()
-        if number == SIGHUP and not self.parent:
-            notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        if number == SIGUSR1 or number == SIGHUP and self.reload():
-            for worker in self.workers:
-                worker.tell(number)
-        if number == SIGHUP and not self.parent:
-            notify("READY=1")
+    def tell_workers(self, word: int) -> None:
+        """Send `word`, the number of a signal or END_NOW, to the workers."""
+        for worker in self.workers:
+            if worker.process:
+                with contextlib.suppress(OSError):  # it has died
+                    worker.link.send(bytes([word]))
 
-    def reload(self) -> bool:
-        """Read the settings again; return True if they are valid."""
+
+    def reload(self) -> None:
+        """Read the settings again, here and, if they are valid, in the workers."""
+        notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         try:
             self.server.settings = self.read_settings()
+            log.log(NOTICE, "settings reloaded")
+            self.tell_workers(signal.SIGHUP)
         except (OSError, ValueError, TypeError, RecursionError, SystemExit) as error:  # by --help
             log.warning("reload failed, keeping the current settings: %s", describe(error))
-            return False
-        log.log(NOTICE, "settings reloaded")
-        return True
+        notify("READY=1")
 
     def stop(self) -> None:
         """Stop accepting, and let the sessions go on for `drain` seconds."""
@@ -2562,14 +2453,7 @@ class Service:
         if self.workers:
             self.server.remove_path()
             self.server.socket.close()
-        for worker in self.workers:
-            worker.tell(signal.SIGTERM)
-
-    def end_now(self) -> None:
-        """End the sessions, here and in the workers."""
-        self.end_at = time.monotonic()
-        for worker in self.workers:
-            worker.tell(END_NOW)
+        self.tell_workers(signal.SIGTERM)
 
     # -- workers
 
@@ -2593,31 +2477,30 @@ class Service:
 
     def start_worker(self, worker: Worker) -> None:
         """Fork a worker process. Raises OSError if the system has no room for it."""
-        theirs, ours = socket.socketpair()
+        theirs, worker.link = socket.socketpair()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child would write into our pair
         try:
+            worker.started = time.monotonic()
             worker.process = os.fork()
             if not worker.process:
-                self.become_worker(worker.number, theirs, ours)
+                self.become_worker(worker.number, theirs)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             theirs.close()
-        worker.link, worker.started = ours, time.monotonic()
 
-    def become_worker(self, number: int, parent: socket.socket, ours: socket.socket) -> None:
+    def become_worker(self, number: int, parent: socket.socket) -> None:
         """Serve in the process that has just been forked, and exit."""
         try:
-            for sock in [ours] + [worker.link for worker in self.workers if worker.process]:
+            for sock in [self.signals] + [each.link for each in self.workers if each.link]:
                 sock.close()
-            self.signals.close()
+            os.environ.pop("NOTIFY_SOCKET", None)  # the parent speaks for the service
             self.workers, self.parent = [], parent
             self.catch_signals()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.start_serving(number)
             self.run_loop()
         except Exception as error:
-            log.error("worker failed error=%s", type(error).__name__,
-                      exc_info=log.isEnabledFor(logging.DEBUG))
+            log_failure("worker failed", error)
         finally:
             os._exit(0)
 
@@ -2629,13 +2512,6 @@ STACK_SIZE = 256 * 1024  # bytes, for each thread
 SWITCH_INTERVAL = 1.0    # seconds; each thread that waits for the interpreter wakes that often
 DEFAULTS: Dict[str, Any] = dict(Settings.__init__.__kwdefaults__ or {})
 COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?:^|\s)#.*""")  # outside quotes
-
-
-def describe(error: BaseException) -> str:
-    """Return what `error` says to a user, without the number that OSError has before it."""
-    if isinstance(error, OSError) and error.strerror:
-        return "%s: %s" % (error.filename, error.strerror) if error.filename else error.strerror
-    return str(error)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2663,8 +2539,7 @@ class Parser(argparse.ArgumentParser):
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    arguments += self.expand(
-                        shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
+                    arguments += self.expand(shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
                 except ValueError as error:
                     raise ValueError("%s, line %d: %s" % (path, number, error)) from None
         return arguments
@@ -2678,17 +2553,20 @@ class Parser(argparse.ArgumentParser):
             self.error("unknown option %s" % word.partition("=")[0])
 
 
-def number(convert: Callable[[str], float], least: float, most: float) -> Callable[[str], Any]:
+def number(convert: Callable[[str], float], least: float, most: float,
+           kind: str = "") -> Callable[[str], Any]:
     """Return a type for argparse. What is not a number may be a password: do not quote it."""
     def converted(text: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= convert(text) <= most:
                 return convert(text)
-        raise argparse.ArgumentTypeError("not a number from %g to %g" % (least, most))
+        raise argparse.ArgumentTypeError(
+            "not " + (kind or "a number from %g to %g" % (least, most)))
     return converted
 
 
 amount = number(int, 1, 1e6)
+file_mode = number(lambda text: int(text, 8), 0, 0o777, "permissions like 0660")
 seconds = number(float, 0.001, 1e9)
 
 
@@ -2720,14 +2598,6 @@ def worker_count(text: str) -> int:
     return len(usable_cpus()) if text == "auto" else int(amount(text))
 
 
-def file_mode(text: str) -> int:
-    """Permissions in octal, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 <= int(text, 8) <= 0o777:
-            return int(text, 8)
-    raise argparse.ArgumentTypeError("not permissions like 0660")
-
-
 def bind_address(text: str) -> str:
     """An address or a path to listen on, for argparse."""
     if "/" in text:
@@ -2741,6 +2611,11 @@ def bind_address(text: str) -> str:
     return address
 
 
+LIMITS = [
+    ("--max-sessions", "reject connections above N, in each worker (default: the descriptor "
+     "limit; further connections queue)"),
+    ("--max-per-client", "the same for each client address (default: no limit)"),
+    ("--max-per-user", "refuse requests of a user with more than N sessions (default: no limit)")]
 TIMEOUTS = [
     ("--handshake-timeout", "from accepting a client to its complete request"),
     ("--connect-timeout", "to resolve and reach a destination"),
@@ -2759,13 +2634,8 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
     add("--open", action="store_true", help="let everybody use a proxy that others can reach")
     add("--proxy-from", metavar="NETWORK", action="append",
         help="expect a PROXY header from balancers in NETWORK; repeatable")
-    add("--max-sessions", metavar="N", type=amount,
-        help="reject connections above N, in each worker (default: the descriptor limit; further "
-        "connections queue)")
-    add("--max-per-client", metavar="N", type=amount,
-        help="the same for each client address (default: no limit)")
-    add("--max-per-user", metavar="N", type=amount,
-        help="refuse requests of a user with more than N sessions (default: no limit)")
+    for option, meaning in LIMITS:
+        add(option, metavar="N", type=amount, help=meaning)
     add = parser.add_argument_group("where they may go").add_argument
     add("--allow", metavar="RULE", dest="rules", action="append", type="allow {}".format,
         help="allow RULE, [USER@]HOST[:PORT[-PORT]]; the first --allow or --deny that matches "
@@ -2778,17 +2648,9 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
         help="address to dial targets from (default: the system chooses)")
 
 
-def make_parser() -> Parser:
-    """Return the parser of the command line. Defaults of settings are those of `Settings`."""
-    parser = Parser(
-        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
-        epilog="@FILE stands for the options in FILE, one per line; # starts a comment.",
-        allow_abbrev=False)
-    parser.set_defaults(**dict(DEFAULTS, rules=[], clients=[], proxy_from=[]))
-    add: Any = parser.add_argument
-    add("--version", action="version", version="socks5.py " + __version__)
-    add("-p", "--port", type=no_such_option, help=argparse.SUPPRESS)
-    add = parser.add_argument_group("serving").add_argument
+def add_serving_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for where to listen, and how to serve."""
+    add: Any = parser.add_argument_group("serving").add_argument
     add("port", nargs="?", type=port_number,
         help="port to listen on; 0 picks a free one (default: %d)" % PORT)
     add("-b", "--bind", metavar="ADDRESS", type=bind_address,
@@ -2800,6 +2662,19 @@ def make_parser() -> Parser:
         help="processes that serve; auto is one per CPU (default: %(default)s)")
     add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
         help="seconds for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line. Defaults of settings are those of `Settings`."""
+    parser = Parser(
+        prog="socks5.py", description="A SOCKS5 proxy server (RFC 1928, RFC 1929).",
+        epilog="@FILE stands for the options in FILE, one per line; # starts a comment.",
+        allow_abbrev=False)
+    parser.set_defaults(**dict(DEFAULTS, rules=[], clients=[], proxy_from=[]))
+    add: Any = parser.add_argument
+    add("--version", action="version", version="socks5.py " + __version__)
+    add("-p", "--port", type=no_such_option, help=argparse.SUPPRESS)
+    add_serving_options(parser)
     add_access_options(parser)
     add = parser.add_argument_group("timeouts in seconds").add_argument
     for option, meaning in TIMEOUTS:
@@ -2885,9 +2760,9 @@ def open_server(address: Any, mode: int, listener: Optional[socket.socket]) -> S
 
 def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) -> Any:
     """Return the address to listen on: a path, or a host and a port. Raises ValueError."""
-    if listener and (args.bind is not None or args.port is not None):
-        raise ValueError("systemd passed a socket: do not give an address or a port")
     if listener:
+        if args.bind is not None or args.port is not None:
+            raise ValueError("systemd passed a socket: do not give an address or a port")
         return listener.getsockname()
     if "/" in (args.bind or ""):
         if args.port is not None:
@@ -2909,7 +2784,7 @@ def greet(server: Socks5Server) -> str:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command in a process of its own; return the exit status."""
     for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)  # until the service catches them
+        signal.signal(number, signal.SIG_IGN)
     parser, arguments = make_parser(), sys.argv[1:] if argv is None else argv
     try:
         args = parser.parse(arguments)
