@@ -758,8 +758,8 @@ class NoThreadError(OSError):
 
 def start_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
     """Call `function` in a new thread. Raises NoThreadError."""
-    thread = threading.Thread(target=function, args=args, name="socks5", daemon=True)
     try:
+        thread = threading.Thread(target=function, args=args, name="socks5", daemon=True)
         thread.start()
     except (RuntimeError, MemoryError):
         raise NoThreadError from None
@@ -789,7 +789,8 @@ class ThreadCache:
 
     def work(self, jobs: Any) -> None:
         """Do the jobs in the queue `jobs` until none comes."""
-        self.threads.add(threading.current_thread())
+        with contextlib.suppress(MemoryError):  # the job must be done all the same
+            self.threads.add(threading.current_thread())
         job = jobs.get()
         while job:
             function, args = job
@@ -1139,8 +1140,10 @@ class Relay:
         down_ended = threading.Lock()
         down_ended.acquire()
         threads.start(self.carry_down, down_ended)
-        self.carry(self.up, self.copy_up)
-        down_ended.acquire()
+        try:
+            self.carry(self.up, self.copy_up)
+        finally:
+            down_ended.acquire()
 
     def copy_up(self) -> None:
         """Copy from the client to the target."""
@@ -1473,11 +1476,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def finish(self) -> None:
         """Close the sockets, and log the session."""
         self.set_end("error")
-        state = {**self.state(), "end": self.end}
-        self.server.session_ended(self, state)
-        super().finish()
-        for sock in self.sockets:
-            sock.close()
+        try:
+            state = {**self.state(), "end": self.end}
+            self.server.session_ended(self, state)
+        finally:
+            self.server.sessions.discard(self)
+            super().finish()
+            for sock in self.sockets:
+                sock.close()
         self.log_message(self.log_level, "session", state)
 
     # -- the client, and negotiation
@@ -1594,9 +1600,10 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Connect to `destination`, and relay until both sides have closed (section 4)."""
         self.start_phase("connect", NEVER)  # `connect` has a deadline of its own
         target = self.connect(destination)
+        if isinstance(target, socket.socket):
+            self.own_socket(target)
         if not isinstance(target, socket.socket) or hasattr(target, "unwrap"):
             raise TypeError("connect() returned a %s" % type(target).__name__)
-        self.own_socket(target)
         self.relay_to(target, target.getsockname())
 
     def connect(self, destination: Address) -> socket.socket:
@@ -1782,15 +1789,16 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         now = time.monotonic() - self.server.paused
         self.phase = Phase(name, now, now + seconds)
 
-    def check_deadline(self) -> None:
+    def check_deadline(self, now: float) -> None:
         """Hang up if the phase has lasted too long. A relay's progress starts it anew."""
         if self.relay and self.phase.name != "closing":
             progress = self.relay.progress()
             if progress != self.progress:
                 self.progress = progress
                 self.start_phase(*self.relay.phase(self.settings))
-        if self.server.clock() >= self.phase.deadline:
-            self.hang_up(self.phase.name + "-timeout")
+        name, _, deadline = self.phase
+        if now >= deadline:
+            self.hang_up(name + "-timeout")
 
     def hang_up(self, end: str) -> None:
         """Wake the threads of the session, which then end it; called from another thread.
@@ -1957,7 +1965,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         """
         self.timeout = ACCEPT_TIMEOUT
         while self.is_accepting:
-            self._handle_request_noblock() if IS_LINUX else self.handle_request()
+            try:
+                self._handle_request_noblock() if IS_LINUX else self.handle_request()
+            except Exception:  # no memory even to handle another error
+                time.sleep(EXHAUSTION_PAUSE)
         if not self.is_inherited:  # or else the next server on this socket serves them
             self.remove_path()
             with Selector() as selector:
@@ -1997,8 +2008,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             request, client_address = super().get_request()
         except (OSError, MemoryError) as error:
-            if getattr(error, "errno", errno.ENOMEM) in EXHAUSTED:
+            if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):
                 time.sleep(EXHAUSTION_PAUSE)
+            if getattr(error, "errno", errno.ENOMEM) in EXHAUSTED:
                 self.warn("out of file descriptors, not accepting: %s",
                           getattr(error, "strerror", None) or type(error).__name__)
             raise OSError("not accepted") from None
@@ -2068,9 +2080,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if late >= 0:
                 self.next_sweep += late + SWEEP_INTERVAL
                 self.paused += late if late >= LATE_SWEEP else 0
-                self.for_each_session(Socks5RequestHandler.check_deadline)
+                self.for_each_session(Socks5RequestHandler.check_deadline, self.clock())
         except Exception as error:
-            log_failure("checking deadlines failed", error)
+            with contextlib.suppress(Exception):  # no memory even for that
+                log_failure("checking deadlines failed", error)
 
     def for_each_session(self, action: Callable[..., None], *args: Any) -> None:
         """Call `action` with each session. One that fails must not keep it from the others."""
@@ -2207,8 +2220,24 @@ def write_unless_stuck(descriptor: int, text: str) -> bool:
             poll.register(descriptor, select.POLLOUT)
             if not poll.poll(0):
                 return False
-        data = data[os.write(descriptor, data[:piece]):]
+        try:
+            data = data[os.write(descriptor, data[:piece]):]
+        except BlockingIOError:
+            return False
     return True
+
+
+def open_without_blocking(descriptor: int) -> int:
+    """Return a descriptor for the same pipe or terminal that never blocks, if Linux gives one.
+
+    A terminal that poll() reports as ready may take one byte only, and another process may fill
+    a pipe first. Others share the mode of `descriptor` itself.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode) or os.isatty(descriptor):
+            return os.open("/proc/self/fd/%d" % descriptor,
+                           os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return descriptor
 
 
 def announce(line: str) -> None:
@@ -2263,7 +2292,7 @@ class LogHandler(logging.Handler):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self.descriptor = descriptor
+        self.descriptor = open_without_blocking(descriptor)
         self.dropped = 0
 
     def format(self, record: logging.LogRecord) -> str:
@@ -2276,16 +2305,17 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line for `record`, and before it how many were dropped."""
-        lines = [record]
-        if self.dropped:
-            lines.insert(0, logging.makeLogRecord({
-                "levelname": "WARNING", "msg": "log lines dropped count=%d" % self.dropped}))
         try:
-            is_written = all(write_unless_stuck(self.descriptor, self.format(line))
-                             for line in lines)
+            if self.dropped:
+                notice = logging.makeLogRecord({
+                    "levelname": "WARNING", "msg": "log lines dropped count=%d" % self.dropped})
+                if write_unless_stuck(self.descriptor, self.format(notice)):
+                    self.dropped = 0
+            if not self.dropped and write_unless_stuck(self.descriptor, self.format(record)):
+                return
         except Exception:  # a full disk
-            is_written = False
-        self.dropped = 0 if is_written else self.dropped + 1
+            pass
+        self.dropped += 1
 
 
 class Worker:
@@ -2332,17 +2362,20 @@ class Service:
         self.workers = [Worker(number) for number in range(workers)] if workers > 1 else []
         self.parent: Optional[socket.socket] = None  # in a worker
         self.acceptor: Optional[threading.Thread] = None  # in a process that serves
-        self.end_at = NEVER
+        self.end_at = self.overdue_at = NEVER
         self.has_terminal = os.isatty(0)
 
     def run(self, greeting: str) -> None:
-        """Print `greeting` once signals are obeyed, and serve until they end it."""
+        """Print `greeting` once signals are obeyed, serve until they end it, and exit.
+
+        Raises NoThreadError.
+        """
         self.catch_signals()
+        if not self.workers:
+            self.start_serving(os.getpid())
         log.info("%s", greeting)
         announce(greeting)
         notify("READY=1")
-        if not self.workers:
-            self.start_serving(os.getpid())
         self.run_loop()
 
     def catch_signals(self) -> None:
@@ -2355,11 +2388,20 @@ class Service:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Make sure that the process ends in time, whatever blocks the loop."""
-        if number == SIGALRM and time.monotonic() >= self.end_at:
+        """Make sure that the process ends in time, even if its loop is stuck."""
+        if number == SIGALRM and time.monotonic() >= self.overdue_at:
+            self.kill_workers()
             os._exit(0)
-        if number in STOP_SIGNALS and SIGALRM:
-            signal.setitimer(signal.ITIMER_REAL, min(self.drain, 1e6) + LAST_RESORT)
+        if number in STOP_SIGNALS:
+            is_second = self.overdue_at < NEVER and not self.parent
+            self.end_within(0 if is_second else self.drain)
+
+    def end_within(self, seconds: float) -> None:
+        """Have SIGALRM end the process LAST_RESORT after `seconds`, or sooner if it will anyway."""
+        self.overdue_at = min(self.overdue_at, time.monotonic() + seconds + LAST_RESORT)
+        if SIGALRM:
+            remaining = self.overdue_at - time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, min(1e6, max(SHORT_WAIT, remaining)))
 
     def start_serving(self, number: int) -> None:
         """Accept clients in this process, on a CPU chosen by `number`."""
@@ -2367,7 +2409,7 @@ class Service:
         self.acceptor = start_thread(self.server.accept_forever)
 
     def run_loop(self) -> None:
-        """Obey signals, check deadlines and restart workers until there is nothing left to do."""
+        """Obey signals, check deadlines and restart workers until nothing is left; then exit."""
         with Selector() as selector:
             for source in (self.signals, self.parent) if self.parent else (self.signals,):
                 selector.register(source, selectors.EVENT_READ)
@@ -2378,11 +2420,12 @@ class Service:
                     for key, _ in selector.select(self.interval()):
                         self.read_numbers(selector, key.fileobj)
                 except Exception as error:
-                    self.server.warn("service failed error=%s", type(error).__name__)
                     time.sleep(EXHAUSTION_PAUSE)
-        if not self.server.end_sessions(LAST_RESORT / 2):
-            os._exit(0)  # a thread is stuck, and the interpreter could wait for it
-        self.server.server_close()
+                    with contextlib.suppress(Exception):  # no memory even for that
+                        self.server.warn("service failed error=%s", type(error).__name__)
+        self.server.end_sessions(LAST_RESORT / 2)
+        self.server.remove_path()
+        os._exit(0)  # the interpreter's own end could wait for a thread, and dies of a signal
 
     def interval(self) -> float:
         """Return the seconds until the loop looks again at what no descriptor announces."""
@@ -2415,6 +2458,7 @@ class Service:
             self.stop()
         elif number == END_NOW or number in STOP_SIGNALS and not self.parent:
             self.end_at = time.monotonic()
+            self.end_within(0)
             self.tell_workers(END_NOW)
         elif number == SIGUSR1 and is_order:
             self.tell_workers(SIGUSR1)
@@ -2430,6 +2474,12 @@ class Service:
                 with contextlib.suppress(OSError):  # it has died
                     worker.link.send(bytes([word]))
 
+    def kill_workers(self) -> None:
+        """Kill the workers that are left."""
+        for worker in self.workers:
+            if worker.process:
+                with contextlib.suppress(OSError):
+                    os.kill(worker.process, signal.SIGKILL)
 
     def reload(self) -> None:
         """Read the settings again, here and, if they are valid, in the workers."""
@@ -2445,6 +2495,7 @@ class Service:
     def stop(self) -> None:
         """Stop accepting, and let the sessions go on for `drain` seconds."""
         self.end_at = time.monotonic() + self.drain
+        self.end_within(self.drain)
         self.server.is_accepting = False
         if not self.parent:
             announce("Shutting down.")
@@ -2462,8 +2513,8 @@ class Service:
         now = time.monotonic()
         if self.end_at < NEVER:
             self.workers = [worker for worker in self.workers if not worker.has_died()]
-            for worker in self.workers if now >= self.end_at + 0.75 * LAST_RESORT else ():
-                os.kill(worker.process, signal.SIGKILL)
+            if now >= self.end_at + 0.75 * LAST_RESORT:
+                self.kill_workers()
             return
         for worker in self.workers:
             if worker.process and worker.has_died():
@@ -2478,6 +2529,7 @@ class Service:
     def start_worker(self, worker: Worker) -> None:
         """Fork a worker process. Raises OSError if the system has no room for it."""
         theirs, worker.link = socket.socketpair()
+        worker.link.setblocking(False)  # the worker may be stuck
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child would write into our pair
         try:
             worker.started = time.monotonic()
@@ -2803,9 +2855,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         args.workers = 1
     server = open_server(address, args.mode, listener)
     server.settings = settings
-    Service(server, args.workers, args.drain,
-            lambda: read_settings(parser.parse(arguments), address, mode)).run(greet(server))
-    return 0
+    try:
+        Service(server, args.workers, args.drain,
+                lambda: read_settings(parser.parse(arguments), address, mode)).run(greet(server))
+    except NoThreadError as error:
+        print("socks5.py: cannot start: %s" % describe(error), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
