@@ -18,6 +18,7 @@ import functools
 import getpass
 import json
 import os
+import queue
 import signal
 import socket
 import socketserver
@@ -248,15 +249,36 @@ MEASURES: List[Tuple[str, Callable[..., None], Dict[str, Figure]]] = [  # name, 
 PROCESSES = min(os.cpu_count() or 1, 4)  # they share one echo server: more would only wait
 
 
-def start_worker() -> Any:
-    """Start a process that runs `work`. Its stdin ends when this process does."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start_worker() -> Iterator[Any]:
+    """Give a process that runs `work`. Its stdin ends with the block, or with this process."""
+    worker = subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), "--worker"], universal_newlines=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,  # no Ctrl-C,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))  # nor on Windows
+    try:
+        yield worker
+    finally:
+        with contextlib.suppress(OSError):
+            worker.stdin.close()  # type: ignore[union-attr]
+        worker.wait()
+        worker.stdout.close()  # type: ignore[union-attr]
 
 
 Result = Tuple[List[float], float, int]  # seconds of each step, seconds in all, failures
+
+
+def read_lines(streams: List[Any]) -> List[str]:
+    """Return a line of each stream. A signal that comes just before a wait is noticed soon."""
+    lines: Any = queue.Queue()
+    for stream in streams:
+        threading.Thread(target=lambda source: lines.put(source.readline()),
+                         args=(stream,), daemon=True).start()
+    found: List[str] = []
+    while len(found) < len(streams):
+        with contextlib.suppress(queue.Empty):
+            found.append(lines.get(timeout=0.2))
+    return found
 
 
 def run_workers(workers: List[Any], number: int, path: Path, args: argparse.Namespace) -> Result:
@@ -264,7 +286,7 @@ def run_workers(workers: List[Any], number: int, path: Path, args: argparse.Name
     for worker in workers:  # the first one holds all sessions, so they are open at once
         task = [number, path, args.seconds, args.sessions if worker is workers[0] else 0]
         print(json.dumps(task), file=worker.stdin, flush=True)
-    lines = [worker.stdout.readline() for worker in workers]
+    lines = read_lines([worker.stdout for worker in workers])
     if not all(lines):
         raise ChildProcessError("a measuring process has ended")
     times, seconds, failures = zip(*map(json.loads, lines))
