@@ -53,6 +53,9 @@ REFUSED = " 00 01 00 00 00 00 00 00"  # the rest of each reply to a request that
 logging.getLogger("socks5").propagate = False
 logging.getLogger("socks5").addHandler(logging.NullHandler())
 socks5.LOGIN_PAUSE = 0  # seconds; the test of the pause sets its own
+if hasattr(gc, "freeze"):  # from Python 3.7: each test collects garbage, but not the modules
+    gc.collect()
+    gc.freeze()
 
 
 # ---- tools -------------------------------------------------------------------------------
@@ -69,7 +72,8 @@ def port_of(number):
 
 def pattern(count):
     """Return `count` bytes in which a lost or a doubled piece shows."""
-    return b"".join(struct.pack(">Q", number) for number in range(count // 8 + 1))[:count]
+    numbers = range(count // 8 + 1)
+    return struct.pack(">%dQ" % len(numbers), *numbers)[:count]
 
 
 def read_all(sock):
@@ -109,6 +113,62 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
+def children(process):
+    """Return the child processes of the process with this ID."""
+    with open("/proc/%d/task/%d/children" % (process, process)) as listing:
+        return [int(child) for child in listing.read().split()]
+
+
+def fill(sock):
+    """Send until the other end has taken nothing for 0.1 seconds; return what was sent."""
+    content, sent = pattern(MEBIBYTE), 0
+    sock.settimeout(0.1)
+    with contextlib.suppress(socket.timeout):
+        while sent < 64 * MEBIBYTE:
+            sent += sock.send(content[sent % MEBIBYTE:])
+    sock.settimeout(PATIENCE)
+    return (content * (sent // MEBIBYTE + 1))[:sent]
+
+
+def flood(sock):
+    """Send until the connection breaks."""
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(bytes(MEBIBYTE))
+
+
+def breaking(methods, peer, error):
+    """Return a patch of socket: these methods of a socket that is connected to `peer` raise."""
+    where = peer.getsockname()
+
+    def is_connected(sock):
+        try:
+            return sock.getpeername() == where
+        except OSError:
+            return False
+
+    def broken(real):
+        def method(sock, *args):
+            if is_connected(sock):
+                raise error
+            return real(sock, *args)
+        return method
+    return mock.patch.multiple(
+        socket.socket, **{name: broken(getattr(socket.socket, name)) for name in methods})
+
+
+def failing(owner, name, errors, concerns=lambda *args: True):
+    """Return a patch of `owner.name` that raises `errors`, one a call; None raises nothing."""
+    real = getattr(owner, name)
+
+    def fail(*args, **kwargs):
+        error = errors.pop(0) if errors and concerns(*args) else None
+        if error:
+            raise error
+        return real(*args, **kwargs)
+    return mock.patch.object(owner, name, fail)
+
+
 def descriptors():
     """Return how many descriptors this process has, where the system lists them."""
     listing = "/proc/self/fd"
@@ -128,6 +188,11 @@ def has_ipv6():
 def fields(line):
     """Return the name=value words of a log line as a dict."""
     return dict(word.split("=", 1) for word in line.split(" ") if "=" in word)
+
+
+def hooked(**hooks):
+    """Return a handler with these methods; a Mock gets their arguments without the handler."""
+    return type("Handler", (socks5.Socks5RequestHandler,), hooks)
 
 
 def resolver(*addresses, error=None):
@@ -180,19 +245,22 @@ class Client(socket.socket):
         self.hear("05 00")
         return self
 
-    def log_in(self):
-        """Log in as alice; return the client."""
-        self.say(LOGIN)
-        self.hear("05 02 01 00")
+    def log_in(self, user="alice", password="secret", status="00"):
+        """Log in with text or bytes, and hear `status`; return the client."""
+        self.say("05 01 02 01")
+        for word in (user, password):
+            word = word if isinstance(word, bytes) else word.encode()
+            self.sendall(bytes([len(word)]) + word)
+        self.hear("05 02 01" + status)
         return self
 
     def ask(self, port, host="127.0.0.1", command="01"):
         """Ask for an IPv4 host, or a name, and a port; return the code of the reply."""
-        try:
-            where = octets("01") + socket.inet_pton(socket.AF_INET, host)
-        except OSError:
-            name = host.encode()
-            where = octets("03") + bytes([len(name)]) + name
+        name = host if isinstance(host, bytes) else host.encode()
+        where = octets("03") + bytes([len(name)]) + name
+        if isinstance(host, str):
+            with contextlib.suppress(OSError):
+                where = octets("01") + socket.inet_pton(socket.AF_INET, host)
         self.sendall(octets("05" + command + "00") + where + port_of(port))
         return self.read_reply()[0]
 
@@ -231,12 +299,22 @@ class TestCase(unittest.TestCase):
         self.assertEqual(set(threading.enumerate()) - threads, set())
         self.assertEqual(descriptors(), count)
 
+    def patch(self, patch):
+        """Apply `patch` until the end."""
+        patch.start()
+        self.addCleanup(patch.stop)
+
     def thread(self, function, *args):
         """Run `function` in a thread that is joined at the end."""
         thread = threading.Thread(target=function, args=args)
         thread.start()
         self.addCleanup(thread.join, PATIENCE)
         return thread
+
+    def send(self, sock, content, close=False, end=False):
+        """Send `content` in a thread, which may then close `sock` or end its direction."""
+        return self.thread(lambda: (sock.sendall(content), close and sock.close(),
+                                    end and sock.shutdown(socket.SHUT_WR)))
 
     def own(self, sock):
         """Return `sock`, which waits no longer than PATIENCE and is closed at the end."""
@@ -251,13 +329,18 @@ class TestCase(unittest.TestCase):
         listener.listen(backlog)
         return listener
 
-    def serve(self, handler=socks5.Socks5RequestHandler, host="127.0.0.1", **settings):
-        """Return a server that serves."""
-        server = socks5.Socks5Server((host, 0), handler, **settings)
+    def serve(self, handler=socks5.Socks5RequestHandler, host="127.0.0.1", address=None,
+              kind=socks5.Socks5Server, **settings):
+        """Return a server of the class `kind` that serves, on a free port unless `address` says."""
+        server = kind(address or (host, 0), handler, **settings)
         self.addCleanup(server.server_close)
         self.thread(server.serve_forever, 0.02)
         self.addCleanup(server.shutdown)
         return server
+
+    def serve_hook(self, connect, **settings):
+        """Return a server whose hook `connect` is this function without arguments."""
+        return self.serve(hooked(connect=lambda *_: connect()), **settings)
 
     def stop(self, server):
         """End `server` and its sessions; all of them have been logged afterwards."""
@@ -308,14 +391,54 @@ class TestCase(unittest.TestCase):
         sock.bind((host, 0))
         return sock.getsockname()
 
+    def datagrams(self, host="127.0.0.1", port=0):
+        """Return a socket for datagrams."""
+        sock = self.own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET,
+                                      socket.SOCK_DGRAM))
+        sock.bind((host, port))
+        return sock
+
+    def web_server(self):
+        """Return the port of a page that says "page", once."""
+        listener = self.listen()
+
+        def answer():
+            with listener.accept()[0] as sock:
+                while b"\r\n\r\n" not in sock.recv(65536):
+                    pass
+                sock.sendall(b"HTTP/1.0 200 OK\r\n\r\npage")
+
+        self.thread(answer)
+        return listener.getsockname()[1]
+
+    def check_one_way(self, source, sink):
+        """Check that bytes go from `source` to `sink`."""
+        source.sendall(b"ping")
+        self.assertEqual(read_count(sink, 4), b"ping")
+
+    def check_relay(self, client, target):
+        """Check that bytes go both ways."""
+        self.check_one_way(client, target)
+        self.check_one_way(target, client)
+
+    def check_echo(self, client, port):
+        """Check that `client`, which has greeted, reaches the echo server on `port`."""
+        self.assertEqual(client.ask(port), Reply.SUCCEEDED)
+        self.check_relay(client, client)
+
     def file(self, content, mode=0o600):
         """Return the path of a file with this content, which is removed at the end."""
         handle, path = tempfile.mkstemp()
         self.addCleanup(os.remove, path)
-        with open(handle, "wb") as file:
-            file.write(content)
+        os.close(handle)
+        self.write(path, content)
         os.chmod(path, mode)
         return path
+
+    def write(self, path, content):
+        """Give a file new content."""
+        with open(path, "wb") as file:
+            file.write(content)
 
     @contextlib.contextmanager
     def within(self, seconds):
@@ -340,10 +463,89 @@ class TestCase(unittest.TestCase):
             logger.setLevel(before)
             logger.removeHandler(handler)
 
+    @contextlib.contextmanager
+    def ending(self, end):
+        """Check that the first session that ends in the block, or soon, has `end` in the log."""
+        with self.logged() as lines:
+            yield lines
+            self.assertEqual(self.session_line(lines)["end"], end)
+
     def session_line(self, lines):
         """Return the fields of the first session line, once it is there."""
         wait_until(lambda: any(line.startswith("session ") for line in lines))
         return fields(next(line for line in lines if line.startswith("session ")))
+
+
+class Clock:
+    """A stand-in for time.monotonic that can jump, and knows which threads have looked at it."""
+
+    def __init__(self):
+        self.real = time.monotonic
+        self.ahead = 0  # seconds
+        self.looks = []  # threads
+        self.at_next_look = {}  # functions to call, by thread
+
+    def __call__(self):
+        thread = threading.current_thread()
+        self.looks.append(thread)
+        self.at_next_look.pop(thread, int)()
+        return self.real() + self.ahead
+
+    def jump(self, seconds):
+        self.ahead += seconds
+
+
+class SweepTestCase(TestCase):
+    """Tests of servers that look at their deadlines often."""
+
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.object(socks5, "SWEEP_INTERVAL", 0.02))
+
+    def report(self, server):
+        """Return what `server` says of its live sessions, and its totals."""
+        with self.logged() as lines:
+            server.report()
+        return ([fields(line) for line in lines if line.startswith("live ")],
+                fields(next(line for line in lines if line.startswith("totals "))))
+
+    def is_served(self, server, source=None):
+        """Return whether a client gets an answer; it leaves then."""
+        with Client.to(("127.0.0.1", server.server_address[1]), source) as client:
+            client.settimeout(8)
+            with contextlib.suppress(OSError):
+                client.say("05 01 00")
+                return client.recv(2) == octets("05 00")
+            return False
+
+    def serve_in(self, handler=socks5.Socks5RequestHandler, **settings):
+        """Return a server that serves, and the thread that accepts and sweeps."""
+        threads = []
+
+        class Server(socks5.Socks5Server):
+            def serve_forever(self, *args):
+                threads.append(threading.current_thread())
+                super().serve_forever(*args)
+
+        server = self.serve(handler, kind=Server, **settings)
+        wait_until(lambda: threads)
+        return server, threads[0]
+
+    def slow_tunnel(self, server):
+        """Return the ends of a relay whose client has little room for what it does not read."""
+        client, listener = self.own(Client()), self.listen()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        client.connect(server.server_address)
+        client.greet().ask(listener.getsockname()[1])
+        return client, self.own(listener.accept()[0])
+
+    def check_sweeping(self, server):
+        """Fail unless `server` still accepts, serves, and ends a silent client in time."""
+        self.assertTrue(self.is_served(server))
+        server.settings = socks5.Settings(handshake_timeout=0.05)
+        client = self.client(server)
+        client.settimeout(8)
+        self.assertEqual(read_all(client), (b"", "end"))
 
 
 @unittest.skipUnless(os.name == "posix", "signals and descriptors as POSIX has them")
@@ -388,13 +590,16 @@ class CommandTestCase(TestCase):
 
 # ---- vocabulary --------------------------------------------------------------------------
 
+RFC_REPLIES = [
+    "succeeded", "general SOCKS server failure", "connection not allowed by ruleset",
+    "Network unreachable", "Host unreachable", "Connection refused", "TTL expired",
+    "Command not supported", "Address type not supported"]
+
+
 class VocabularyTest(TestCase):
     def test_numbers_and_phrases_are_the_rfc_s(self):
-        self.assertEqual([(int(reply), reply.phrase) for reply in Reply], [
-            (0, "succeeded"), (1, "general SOCKS server failure"),
-            (2, "connection not allowed by ruleset"), (3, "Network unreachable"),
-            (4, "Host unreachable"), (5, "Connection refused"), (6, "TTL expired"),
-            (7, "Command not supported"), (8, "Address type not supported")])
+        self.assertEqual([(int(reply), reply.phrase) for reply in Reply],
+                         list(enumerate(RFC_REPLIES)))
         self.assertEqual(list(map(int, socks5.Command)), [1, 2, 3])
         self.assertEqual(list(map(int, socks5.AddressType)), [1, 3, 4])
         self.assertEqual(list(map(int, socks5.Method)), [0, 1, 2, 255])
@@ -475,20 +680,17 @@ class OneAtATime(io.RawIOBase):
 
 
 class FramesTest(TestCase):
-    def test_whole_and_byte_by_byte(self):
+    def test_whole_byte_by_byte_and_cut(self):
         for read, frame, meaning in FRAMES:
+            whole = octets(frame)
             with self.subTest(frame=frame[:40]):
-                stream = io.BufferedReader(io.BytesIO(octets(frame) + b"rest"))
+                stream = io.BufferedReader(io.BytesIO(whole + b"rest"))
                 self.assertEqual(read(stream), meaning)
                 self.assertEqual(stream.read(), b"rest")
-                self.assertEqual(read(io.BufferedReader(OneAtATime(octets(frame)))), meaning)
-
-    def test_cut_after_each_byte(self):
-        for read, frame, _ in FRAMES:
-            for end in range(len(octets(frame))):
-                with self.subTest(frame=frame[:40], end=end), self.assertRaisesRegex(
-                        socks5.ProtocolError, "client-left"):
-                    read(io.BufferedReader(io.BytesIO(octets(frame)[:end])))
+                self.assertEqual(read(io.BufferedReader(OneAtATime(whole))), meaning)
+                for end in range(0, len(whole), 1 if len(whole) < 100 else 40):
+                    with self.assertRaisesRegex(socks5.ProtocolError, "client-left"):
+                        read(io.BufferedReader(io.BytesIO(whole[:end])))
 
     def test_datagrams(self):
         for frame, header, meaning in DATAGRAMS:
@@ -511,25 +713,6 @@ class FramesTest(TestCase):
             stream = ours.makefile("rb")
             with stream, self.assertRaisesRegex(socks5.ProtocolError, "client-left"):
                 socks5.read_methods(stream)
-
-    def test_other_versions(self):
-        for read, frame in [(socks5.read_methods, "04"), (socks5.read_methods, "47"),
-                            (socks5.read_credentials, "05"), (socks5.Request.read, "01")]:
-            with self.subTest(frame=frame), self.assertRaises(socks5.ProtocolError) as caught:
-                read(io.BytesIO(octets(frame)))
-            self.assertEqual(caught.exception.answer, b"")
-
-    def test_unknown_address_types(self):
-        for kind in ("00", "02", "05", "ff"):
-            with self.subTest(kind), self.assertRaises(socks5.RequestError) as caught:
-                Address.read(io.BytesIO(octets(kind)))
-            self.assertEqual(caught.exception.reply, 8)
-
-    def test_replies(self):
-        for reply, address, frame in [
-                (Reply.SUCCEEDED, ("127.0.0.1", 1080), "05 00 00 01 7f 00 00 01 04 38"),
-                (Reply.TTL_EXPIRED, ("::1", 65535), "05 06 00 04" + " 00" * 15 + " 01 ff ff")]:
-            self.assertEqual(socks5.pack_reply(reply, Address(*address)), octets(frame))
 
     def test_addresses_of_sockets(self):
         for sockaddr, text in [
@@ -567,19 +750,13 @@ class RulesTestCase(TestCase):
 
     def serve_to(self, address, *args, **settings):
         """Return a server to which all clients seem to come from `address`."""
-        server = type("Server", (ServerFromAfar,), {"address": address})
-        with mock.patch.object(socks5, "Socks5Server", server):
-            return self.serve(*args, **settings)
+        return self.serve(*args, kind=type("Server", (ServerFromAfar,), {"address": address}),
+                          **settings)
 
     def ask(self, server, host, *answers, port=80, user=None):
         """Return the reply about `host`, which is at `answers`; `line` is then the session's."""
         with self.logged() as lines, Client.to(server.server_address) as client:
-            if user is None:
-                client.greet()
-            else:
-                name = user.encode()
-                client.sendall(octets("05 01 02 01") + bytes([len(name)]) + name + b"\1x")
-                client.hear("05 02 01 00")
+            client.log_in(user, "x") if user else client.greet()
             with resolver(*answers):
                 reply = client.ask(port, host)
             reset(client)
@@ -720,33 +897,24 @@ class PermissionTest(RulesTestCase):
 
     def test_only_addresses_that_passed_are_dialed(self):
         good, dead = self.listen().getsockname(), self.dead("127.0.0.3")
-        server = self.serve(rules=["deny 127.0.0.2", "deny ::1"])
-        with self.dialed() as addresses:
-            reply = self.ask(server, "mixed.example", ("127.0.0.2", good[1]), ("::1", good[1]),
-                             good)
-        self.assertEqual((reply, addresses, self.line["reached"]), (0, [good], "%s:%d" % good))
-        server.settings = socks5.Settings(rules=["allow 127.0.0.3"])
-        with self.dialed() as addresses:
-            self.assertEqual(self.ask(server, "mixed.example", good, dead), 5)
-        self.assertEqual(addresses, [dead])
-
-    def test_nothing_left(self):
-        server = self.serve(rules=["deny 127.0.0.0/8"])
-        with self.dialed() as addresses:
-            reply = self.ask(server, "a.example", ("127.0.0.1", 9))
-        self.assertEqual((reply, addresses, self.line["rule"]), (2, [], "deny:127.0.0.0/8"))
-        self.assertEqual((self.line["reply"], self.line["end"]), ("NOT_ALLOWED", "refused"))
+        server = self.serve()
+        for rule, addresses, reply, dialed, text in [
+                ("deny 127.0.0.2", [("127.0.0.2", good[1]), good], 0, [good], "-"),
+                ("allow 127.0.0.3", [good, dead], 5, [dead], "-"),
+                ("deny 127.0.0.0/8", [good], 2, [], "deny:127.0.0.0/8"),
+                ("deny SECRET.example", [good], 2, [], "deny:SECRET.example")]:
+            server.settings = socks5.Settings(rules=[rule])
+            with self.subTest(rule), self.dialed() as seen:
+                self.assertEqual(self.ask(server, "Secret.EXAMPLE.", *addresses), reply)
+                self.assertEqual((seen, self.line["rule"]), (dialed, text))
+                self.assertEqual((self.line["reached"], self.line["end"]), (
+                    "%s:%d" % good, "client-reset") if not reply else ("-", "refused"))
 
     def test_name_that_is_allowed_is_reached(self):
         server = self.serve(rules=["allow *.example"])
         target = self.listen().getsockname()
         self.assertEqual(self.ask(server, "a.example", target), 0)
         self.assertEqual(self.ask(server, "a.other", target), 2)
-
-    def test_names_as_asked(self):
-        for rule in ("deny *.example", "deny SECRET.example"):
-            reply = self.ask(self.serve(rules=[rule]), "Secret.EXAMPLE.", ("127.0.0.1", 9))
-            self.assertEqual((reply, self.line["rule"]), (2, rule.replace(" ", ":")))
 
     def test_no_second_look_up(self):
         answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)] for address in (
@@ -766,40 +934,8 @@ class PermissionTest(RulesTestCase):
                     client.close()
                     self.assertEqual(self.session_line(lines)["rule"], text)
 
-    def test_rules_of_a_session_stay(self):
-        server, port = self.serve(), self.dead()[1]
-        client = self.client(server).greet()
-        server.settings = socks5.Settings(rules=["deny *"])
-        self.assertEqual(client.ask(port), 5)
-        self.assertEqual(self.client(server).greet().ask(port), 2)
 
-    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
-    def test_ipv4_clients_of_a_server_of_both_families(self):
-        server = self.serve(host="::", clients=["127.0.0.0/8"], max_per_client=1)
-        port = server.server_address[1]
-        self.client(port).greet()
-        with self.logged() as lines:
-            self.assertEqual(read_all(self.client(port))[0], b"")
-            self.client(port, "127.0.0.2").greet()
-        self.assertRegex(lines[0], r"^too many sessions of a client client=127\.0\.0\.1:\d+$")
-        server.settings = socks5.Settings(clients=["10.0.0.0/8", "::/0"])
-        with self.logged() as lines:
-            self.assertEqual(read_all(self.client(port))[0], b"")
-        self.assertRegex(lines[0], r"^client refused client=127\.0\.0\.1:\d+$")
-
-
-class LoopbackTest(CommandTestCase):
-    def test_localhost_is_loopback_and_names_that_resemble_it_are_not(self):
-        local = self.start("socks5.py", "-b", "localhost", "0")
-        others = [self.start("socks5.py", "-b", host, "0")
-                  for host in ("localhost.example", "my.localhost")]
-        self.port(local)
-        for other in others:
-            self.assertIn("--open", other.communicate(timeout=PATIENCE)[1])
-            self.assertEqual(other.returncode, 2)
-
-
-# ---- users and settings ------------------------------------------------------------------
+# ---- users -------------------------------------------------------------------------------
 
 class UsersFileTest(TestCase):
     def test_good_files(self):
@@ -808,15 +944,12 @@ class UsersFileTest(TestCase):
                 (b"\xef\xbb\xbfalice:a:b \r\n\r\n  \n# no:body\nb\xc3\xbcb:\xe2\x82\xac\n",
                  {"alice": "a:b ", "b\u00fcb": "\u20ac"}),
                 (b"\xef\xbb\xbf# no:body\na:b", {"a": "b"}),
+                ("a:1\n\ufeffb:2\n\ufeff#c:3".encode(),  # no byte order marks: not the first line
+                 {"a": "1", "\ufeffb": "2", "\ufeff#c": "3"}),
                 (b"alice:pass#word # 1\nal#ice:#\n", {"alice": "pass#word # 1", "al#ice": "#"}),
                 (b"a" * 255 + b":" + b"b" * 255, {"a" * 255: "b" * 255})]:
             with self.subTest(content[:20]):
                 self.assertEqual(socks5.load_users(self.file(content)), users)
-
-    def test_byte_order_mark_is_one_on_the_first_line_only(self):
-        self.assertEqual(
-            socks5.load_users(self.file("a:1\n\ufeffb:2\n\ufeff#c:3".encode())),
-            {"a": "1", "\ufeffb": "2", "\ufeff#c": "3"})
 
     def test_bad_files(self):
         for content, message in [
@@ -835,44 +968,24 @@ class UsersFileTest(TestCase):
 
 
 class UsersTest(TestCase):
-    def log_in(self, server, user, password, status):
-        """Log in with bytes, hear `status`, and leave."""
-        with Client.to(server.server_address) as client:
-            client.sendall(octets("05 01 02 01") + bytes([len(user)]) + user
-                           + bytes([len(password)]) + password)
-            client.hear("05 02 01 " + status)
-
-    def test_names_and_passwords_are_bytes(self):
-        server = self.serve(users=USERS)
-        for user, password, status in [
-                (b"b\xc3\xbcb", b"\xe2\x82\xac", "00"), (b"x" * 255, b"y" * 255, "00"),
-                (b"b\xfcb", b"\x80", "01"), (b"", b"", "01"), (b"x" * 254, b"y" * 255, "01")]:
-            with self.subTest(user=user[:5]):
-                self.log_in(server, user, password, status)
-
     def test_names_that_are_not_utf_8(self):
-        class Handler(socks5.Socks5RequestHandler):
-            def authenticate(self, username, password):
-                return username == b"\xff"
-
-        for handler, status in ((socks5.Socks5RequestHandler, "01"), (Handler, "00")):
+        for handler, status, failed, user in [
+                (socks5.Socks5RequestHandler, "01", ["\\udcff"], "-"),
+                (hooked(authenticate=lambda _, name, password: name == b"\xff"), "00", [],
+                 "\\udcff")]:
             with self.subTest(status), self.logged() as lines:
-                self.log_in(self.serve(handler, users=USERS), b"\xff", b"secret", status)
-                user = self.session_line(lines)["user"]
-            failed = [fields(line)["user"] for line in lines if line.startswith("login failed")]
-            expected = (["\\udcff"], "-") if status == "01" else ([], "\\udcff")
-            self.assertEqual((failed, user), expected)
+                self.client(self.serve(handler, users=USERS)).log_in(
+                    b"\xff", b"secret", status).close()
+                self.assertEqual(self.session_line(lines)["user"], user)
+                self.assertEqual([fields(line)["user"] for line in lines
+                                  if line.startswith("login failed")], failed)
 
+
+# ---- settings ----------------------------------------------------------------------------
 
 class SettingsTest(TestCase):
     TIMES = ("connect_timeout", "handshake_timeout", "idle_timeout", "linger", "bind_timeout",
              "udp_timeout")
-
-    def check(self, error, name, value, names):
-        with self.subTest(name, value=value):
-            with self.assertRaises(error) as caught:
-                socks5.Settings(**{name: value})
-            self.assertIn(names, str(caught.exception))
 
     def test_good(self):
         for settings in [
@@ -885,243 +998,27 @@ class SettingsTest(TestCase):
                 socks5.Settings(**settings)
 
     def test_bad(self):
+        rows = [(ValueError, "users", users, "users" if users == {} else "") for users in (
+            {}, {"": "x"}, {"x": ""}, {"x" * 256: "x"}, {"x": "x" * 256}, {"\u00fc" * 128: "x"},
+            {"x": "\u00fc" * 128})]
         for name, value, names in [
                 ("rules", ["deny"], "deny"), ("clients", ["10.0.0.1/8"], "10.0.0.1/8"),
                 ("clients", ["::ffff:10.0.0.1"], "IPv4"), ("clients", ["a.example"], "a.example"),
                 ("commands", ["connect", "associate"], "associate"),
-                ("udp_advertise", "me", "me"), ("udp_advertise", "fe80::1%lo", "fe80::1%lo")]:
-            self.check(ValueError, name, value, names)
-
-    def test_users(self):
-        for users in [{}, {"": "x"}, {"x": ""}, {"x" * 256: "x"}, {"x": "x" * 256},
-                      {"\u00fc" * 128: "x"}, {"x": "\u00fc" * 128}]:
-            self.check(ValueError, "users", users, "users" if users == {} else "")
-
-    def test_times(self):
+                ("commands", ["CONNECT"], "CONNECT"), ("udp_advertise", "localhost", "localhost"),
+                ("udp_advertise", "fe80::1%lo", "fe80::1%lo")]:
+            rows.append((ValueError, name, value, names))
         for name in self.TIMES:
-            for value in ("5", [5], *([] if name == "idle_timeout" else [None])):
-                self.check(TypeError, name, value, name)
-            for value in (0, -1, -0.5, float("nan")):
-                self.check(ValueError, name, value, name)
-
-    def test_limits(self):
+            rows += [(TypeError, name, value, name) for value in ("5", [5])]
+            rows += [(TypeError, name, None, name)] * (name != "idle_timeout")
+            rows += [(ValueError, name, value, name) for value in (0, -0.5, float("nan"))]
         for name in ("max_sessions", "max_per_client"):
-            for value in ("5", 1.5):
-                self.check(TypeError, name, value, name)
-            for value in (0, -1):
-                self.check(ValueError, name, value, name)
-
-
-# ---- dialing -----------------------------------------------------------------------------
-
-class DialTest(TestCase):
-    def dial(self, *addresses, **settings):
-        """Return the reply to a request for a name that is at `addresses`."""
-        client = self.client(self.serve(**settings)).greet()
-        with resolver(*addresses):
-            return client.ask(80, "x.example")
-
-    def test_names(self):
-        for host, asked in [
-                ("localhost", b"localhost"), ("example.com.", b"example.com."),
-                ("_dmarc.example", b"_dmarc.example"), ("b\u00fccher.example",
-                                                        b"xn--bcher-kva.example"),
-                ("a" * 63 + ".example", b"a" * 63 + b".example")]:
-            client = self.client(self.serve()).greet()
-            with self.subTest(host), mock.patch("socket.getaddrinfo",
-                                                side_effect=socket.gaierror) as getaddrinfo:
-                self.assertEqual(client.ask(81, host), 4)
-                self.assertEqual(getaddrinfo.call_args[0], (asked, 81))
-
-    def test_odd_names_and_literals_are_not_looked_up(self):
-        port, server = self.dead()[1], self.serve()
-        with mock.patch("socket.getaddrinfo", side_effect=AssertionError):
-            for host, reply in [(host.encode("utf-8", "surrogateescape"), 4) for host in (
-                    "", ".", "a..b", ".a", "a b", " ", "localhost\0.example", "\0", "a\tb",
-                    "a\x7f", "::1%\0.example", "::1%\udcff", "a\u3000b", "\udcff", "a" * 64,
-                    "\u00fc" * 100, "b\u00fc\0cher")] + [(b"127.0.0.1", 5)]:
-                with self.subTest(host), Client.to(server.server_address) as client:
-                    client.greet().sendall(octets("05 01 00 03") + bytes([len(host)]) + host
-                                           + port.to_bytes(2, "big"))
-                    client.hear("05 0%d" % reply + REFUSED)
-            with Client.to(server.server_address) as client:
-                self.assertEqual(client.greet().ask(port), 5)
-
-    def test_second_address(self):
-        hosts = ["127.0.0.1", "127.0.0.1", *(["::1"] if has_ipv6() else [])]
-        for host, first in zip(hosts, (self.dead(), self.black_hole(), self.dead())):
-            listener = self.listen(host)
-            self.assertEqual(self.dial(first, listener.getsockname()[:2]), 0)
-            self.own(listener.accept()[0])
-
-    def test_a_failure_starts_the_next_attempt_at_once(self):
-        target = self.listen().getsockname()
-        with mock.patch.object(socks5, "ATTEMPT_DELAY", PATIENCE), self.within(5):
-            self.assertEqual(self.dial(self.dead(), NO_ROUTE, self.dead(), target,
-                                       connect_timeout=2 * PATIENCE), 0)
-
-    def test_silence_starts_the_next_attempt_after_a_delay(self):
-        target = self.listen().getsockname()
-        with mock.patch.object(socks5, "ATTEMPT_DELAY", 0.1), self.within(5):
-            start = time.monotonic()
-            self.assertEqual(self.dial(self.black_hole(), self.black_hole(), target), 0)
-            self.assertGreaterEqual(time.monotonic() - start, 0.19)
-
-    def test_first_error_counts(self):
-        self.assertEqual(self.dial(self.dead(), NO_ROUTE), 5)
-        self.assertNotIn(self.dial(NO_ROUTE, self.dead()), (0, 5))
-
-    def test_no_limit(self):
-        listener, never = self.listen(), float("inf")
-        for addresses in ([listener.getsockname()], [self.dead(), listener.getsockname()]):
-            self.assertEqual(self.dial(*addresses, connect_timeout=never), 0)
-
-    def test_deadline(self):
-        hole = self.black_hole()  # the last line: a failure while an earlier attempt is pending
-        for addresses in ([hole], [hole, self.black_hole()], [hole, self.dead()]):
-            with self.within(5), mock.patch.object(socks5, "ATTEMPT_DELAY", 0.02):
-                start = time.monotonic()
-                self.assertEqual(self.dial(*addresses, connect_timeout=0.2), 6)
-                self.assertGreaterEqual(time.monotonic() - start, 0.19)
-
-    def test_deadline_that_passes_during_the_look_up(self):
-        class SlowList(list):
-            def __iter__(self):
-                time.sleep(0.2)
-                return super().__iter__()
-
-        for addresses in ([self.black_hole()], [self.black_hole(), self.black_hole()]):
-            answer = SlowList((socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
-                              for address in addresses)
-            client = self.client(self.serve(connect_timeout=0.1)).greet()
-            with mock.patch("socket.getaddrinfo", return_value=answer), self.within(5):
-                self.assertEqual(client.ask(80, "x.example"), 6)
-
-    def test_deadline_that_has_passed_before_the_look_up(self):
-        class Handler(socks5.Socks5RequestHandler):
-            def connect(self, destination):
-                self.permitted(destination, time.monotonic() - 1)
-
-        answer = threading.Event()
-        before = set(threading.enumerate())
-        self.addCleanup(wait_until, lambda: not set(threading.enumerate()) - before)
-        client = self.client(self.serve(Handler)).greet()
-        self.addCleanup(answer.set)
-        with mock.patch("socket.getaddrinfo", lambda *_, **__: answer.wait(PATIENCE) and []):
-            with self.within(5):
-                self.assertEqual(client.ask(80, "x.example"), 6)
-
-    def test_attempts_that_fail_or_lose_are_closed(self):
-        later, target = self.listen(), self.listen().getsockname()
-        later.settimeout(0)
-        addresses = [self.dead(), NO_ROUTE, self.black_hole(), target, later.getsockname()]
-        client = self.client(self.serve()).greet()
-        before = descriptors()
-        with mock.patch.object(socks5, "ATTEMPT_DELAY", 0.05), resolver(*addresses):
-            self.assertEqual(client.ask(80, "x.example"), 0)
-        wait_until(lambda: descriptors() in (0, before + 1))  # the target's, nothing else
-        with self.assertRaises(BlockingIOError):  # nobody went on after the success
-            later.accept()
-
-    def test_attempts_that_the_deadline_ends_are_closed(self):
-        holes = [self.black_hole(), self.black_hole()]
-        client = self.client(self.serve(connect_timeout=0.1)).greet()
-        before = descriptors()
-        with mock.patch.object(socks5, "ATTEMPT_DELAY", 0.02), resolver(*holes):
-            self.assertEqual(client.ask(80, "x.example"), 6)
-        wait_until(lambda: descriptors() == before)
-
-    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
-    def test_families_take_turns(self):
-        attempts = []
-
-        def connect(sock, address):
-            attempts.append(address[0])
-            raise OSError(errno.EHOSTUNREACH, "")
-
-        client = self.client(self.serve()).greet()
-        with resolver(("::1", 1), ("::2", 1), ("::3", 1), ("127.0.0.1", 1), ("::4", 1)), \
-                mock.patch.multiple(socket.socket, connect=connect, connect_ex=connect):
-            self.assertEqual(client.ask(80, "x.example"), 4)
-        self.assertEqual(attempts, ["::1", "127.0.0.1", "::2", "::3", "::4"])
-
-    def test_descriptors_exhausted(self):
-        for count in (1, 2):
-            client = self.client(self.serve(connect_timeout=PATIENCE)).greet()
-            with self.within(5), resolver(*[("127.0.0.1", 1)] * count), mock.patch.object(
-                    socket.socket, "__init__", side_effect=OSError(errno.EMFILE, "")):
-                self.assertEqual(client.ask(80, "x.example"), 1)
-
-
-class LookUpTest(TestCase):
-    def setUp(self):
-        super().setUp()
-        before = set(threading.enumerate())  # a look-up that was left behind ends later
-        self.addCleanup(wait_until, lambda: not set(threading.enumerate()) - before)
-        self.seen = collections.Counter()  # look-ups that are under way, and the most that were
-
-    @contextlib.contextmanager
-    def look_ups(self, limit, wait=lambda: None, error=None):
-        """Allow `limit` look-ups, each of which takes as long as `wait` and finds a dead end."""
-        lock, dead = threading.Lock(), self.dead()
-
-        def getaddrinfo(*args, **kwargs):
-            with lock:
-                self.seen["now"] += 1
-                self.seen["most"] = max(self.seen["now"], self.seen["most"])
-            wait()
-            with lock:
-                self.seen["now"] -= 1
-            if error:
-                raise error
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", dead)]
-
-        with mock.patch("socket.getaddrinfo", getaddrinfo), \
-                mock.patch.object(socks5, "MAX_LOOK_UPS", limit, create=True):
-            yield
-
-    def ask_at_once(self, server, count):
-        """Return the replies to `count` clients that ask for a name at the same time."""
-        clients = [self.client(server).greet() for _ in range(count)]
-        for client in clients:
-            client.say("05 01 00 03 01 78 00 50")
-        return [client.read_reply()[0] for client in clients]
-
-    def test_resolver_that_hangs(self):
-        answer = threading.Event()
-        self.addCleanup(answer.set)
-        with self.look_ups(2, lambda: answer.wait(PATIENCE)), self.logged() as lines:
-            server = self.serve(connect_timeout=0.3)
-            with self.within(4):
-                self.assertEqual(self.ask_at_once(server, 6), [6] * 6)
-                self.assertEqual(self.ask_at_once(server, 2), [6] * 2)
-            self.assertEqual(self.seen["most"], 2)  # those that were left behind count
-            self.assertTrue(any(line.startswith("waiting for a look-up") for line in lines), lines)
-            answer.set()
-            wait_until(lambda: not self.seen["now"])
-            self.assertEqual(self.ask_at_once(server, 2), [5] * 2)
-
-    def test_burst_is_served_in_turn(self):
-        with self.look_ups(2, lambda: time.sleep(0.02)), self.within(10):
-            server = self.serve(connect_timeout=PATIENCE)
-            self.assertEqual(self.ask_at_once(server, 12), [5] * 12)
-        self.assertEqual(self.seen["most"], 2)
-
-    def test_failures_make_room(self):
-        server = self.serve(connect_timeout=2)
-        for error, reply in ((socket.gaierror(-2, "unknown"), 4), (MemoryError(), 1)):
-            with self.look_ups(1, error=error), self.within(4):
-                for _ in range(3):
-                    self.assertEqual(self.ask_at_once(server, 1), [reply])
-
-    def test_no_thread_for_a_look_up(self):
-        clients = [self.client(self.serve(connect_timeout=2)).greet() for _ in range(2)]
-        with self.look_ups(1), self.within(4), self.logged() as lines:
-            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
-                self.assertEqual(clients[0].ask(80, "x"), 1)
-            clients[0].close()
-            self.assertEqual(self.session_line(lines)["end"], "refused")
-            self.assertEqual(clients[1].ask(80, "x"), 5)
+            rows += [(TypeError, name, value, name) for value in ("5", 1.5)]
+            rows += [(ValueError, name, value, name) for value in (0, -1)]
+        for error, name, value, names in rows:
+            with self.subTest(name, value=value), self.assertRaises(error) as caught:
+                socks5.Settings(**{name: value})
+            self.assertIn(names, str(caught.exception))
 
 
 # ---- threads -----------------------------------------------------------------------------
@@ -1152,15 +1049,8 @@ class ThreadsTest(TestCase):
                 server.drain(PATIENCE)
         self.assertLess(len(started), 20)  # of 40 that 20 relays need
 
-    def test_idle_threads_leave(self):
-        with mock.patch.object(socks5, "IDLE_TIME", 0.05), self.within(5):
-            server = self.serve()
-            count = threading.active_count()
-            self.sessions_at_once(server, 20)
-            wait_until(lambda: threading.active_count() == count)
-
     def test_surplus_threads_leave_though_there_is_work(self):
-        with mock.patch.object(socks5, "IDLE_TIME", 0.2), self.within(5):
+        with mock.patch.object(socks5, "IDLE_TIME", 0.2), self.within(6):
             server = self.serve()
             count = threading.active_count()
             self.sessions_at_once(server, 8)
@@ -1196,8 +1086,7 @@ class ThreadsTest(TestCase):
             def handle_error(self, request, client_address):
                 raise ZeroDivisionError("hunter2")
 
-        with mock.patch.object(socks5, "Socks5Server", Server):
-            server = self.serve(Handler)
+        server = self.serve(Handler, kind=Server)
         for _ in range(5):
             with self.logged() as lines, Client.to(server.server_address) as client:
                 client.say("05 01 00")
@@ -1212,7 +1101,7 @@ class ThreadsTest(TestCase):
         server = self.serve()
         self.sessions_at_once(server, 5)
         self.tunnel(server)
-        with self.within(5):  # idle threads would stay for ten seconds
+        with self.within(6):  # idle threads would stay for ten seconds
             self.stop(server)
             wait_until(lambda: set(threading.enumerate()) <= before)
 
@@ -1267,105 +1156,225 @@ class ThreadsTest(TestCase):
         self.assertEqual((threading.stack_size(usual), state()), (MEBIBYTE, before))
 
 
-# ---- relays ------------------------------------------------------------------------------
+# ---- dialing -----------------------------------------------------------------------------
 
+class DialTest(TestCase):
+    def dial(self, *addresses, **settings):
+        """Return the reply to a request for a name that is at `addresses`."""
+        client = self.client(self.serve(**settings)).greet()
+        with resolver(*addresses):
+            return client.ask(80, "x.example")
+
+    def test_names(self):
+        for host, asked in [
+                ("localhost", b"localhost"), ("example.com.", b"example.com."),
+                ("_dmarc.example", b"_dmarc.example"), ("b\u00fccher.example",
+                                                        b"xn--bcher-kva.example"),
+                ("a" * 63 + ".example", b"a" * 63 + b".example")]:
+            client = self.client(self.serve()).greet()
+            with self.subTest(host), mock.patch("socket.getaddrinfo",
+                                                side_effect=socket.gaierror) as getaddrinfo:
+                self.assertEqual(client.ask(81, host), 4)
+                self.assertEqual(getaddrinfo.call_args[0], (asked, 81))
+
+    def test_odd_names_and_literals_are_not_looked_up(self):
+        port, server = self.dead()[1], self.serve()
+        with mock.patch("socket.getaddrinfo", side_effect=AssertionError):
+            for host in ("", ".", "a..b", ".a", "a b", " ", "localhost\0.example", "\0", "a\tb",
+                         "a\x7f", "::1%\0.example", "::1%\udcff", "a\u3000b", "\udcff", "a" * 64,
+                         "\u00fc" * 100, "b\u00fc\0cher", "127.0.0.1"):
+                host = host.encode("utf-8", "surrogateescape")
+                with self.subTest(host), Client.to(server.server_address) as client:
+                    self.assertEqual(client.greet().ask(port, host),
+                                     5 if host == b"127.0.0.1" else 4)
+            self.assertEqual(self.client(server).greet().ask(port), 5)
+
+    def test_second_address(self):
+        hosts = ["127.0.0.1", "127.0.0.1", *(["::1"] if has_ipv6() else [])]
+        for host, first in zip(hosts, (self.dead(), self.black_hole(), self.dead())):
+            listener = self.listen(host)
+            self.assertEqual(self.dial(first, listener.getsockname()[:2]), 0)
+            self.own(listener.accept()[0])
+
+    def test_a_failure_starts_the_next_attempt_at_once(self):
+        target = self.listen().getsockname()
+        with mock.patch.object(socks5, "ATTEMPT_DELAY", PATIENCE), self.within(6):
+            self.assertEqual(self.dial(self.dead(), NO_ROUTE, self.dead(), target,
+                                       connect_timeout=2 * PATIENCE), 0)
+
+    def test_silence_starts_the_next_attempt_after_a_delay(self):
+        target = self.listen().getsockname()
+        with mock.patch.object(socks5, "ATTEMPT_DELAY", 0.1), self.within(6):
+            start = time.monotonic()
+            self.assertEqual(self.dial(self.black_hole(), self.black_hole(), target), 0)
+            self.assertGreaterEqual(time.monotonic() - start, 0.19)
+
+    def test_first_error_counts(self):
+        self.assertEqual(self.dial(self.dead(), NO_ROUTE), 5)
+        self.assertNotIn(self.dial(NO_ROUTE, self.dead()), (0, 5))
+
+    def test_deadline(self):
+        hole = self.black_hole()  # the last row: a failure while an earlier attempt is pending
+        for addresses in ([hole], [hole, self.black_hole()], [hole, self.dead()]):
+            with self.within(6), mock.patch.object(socks5, "ATTEMPT_DELAY", 0.02):
+                start = time.monotonic()
+                self.assertEqual(self.dial(*addresses, connect_timeout=0.1), 6)
+                self.assertGreaterEqual(time.monotonic() - start, 0.09)
+        with self.within(6):
+            self.assertEqual(self.client(self.serve(connect_timeout=0.1)).greet().ask(hole[1]), 6)
+
+    def test_deadline_that_passes_during_the_look_up(self):
+        class SlowList(list):
+            def __iter__(self):
+                time.sleep(0.1)
+                return super().__iter__()
+
+        for addresses in ([self.black_hole()], [self.black_hole(), self.black_hole()]):
+            answer = SlowList((socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+                              for address in addresses)
+            client = self.client(self.serve(connect_timeout=0.05)).greet()
+            with mock.patch("socket.getaddrinfo", return_value=answer), self.within(6):
+                self.assertEqual(client.ask(80, "x.example"), 6)
+
+    def test_deadline_that_has_passed_before_the_look_up(self):
+        answer = threading.Event()
+        before = set(threading.enumerate())
+        self.addCleanup(wait_until, lambda: not set(threading.enumerate()) - before)
+        client = self.client(self.serve(hooked(connect=lambda handler, destination: (
+            handler.permitted(destination, time.monotonic() - 1))))).greet()
+        self.addCleanup(answer.set)
+        with mock.patch("socket.getaddrinfo", lambda *_, **__: answer.wait(PATIENCE) and []):
+            with self.within(6):
+                self.assertEqual(client.ask(80, "x.example"), 6)
+
+    def test_attempts_that_fail_or_lose_are_closed(self):
+        later, target = self.listen(), self.listen().getsockname()
+        later.settimeout(0)
+        for addresses, reply in [
+                ([self.dead(), NO_ROUTE, self.black_hole(), target, later.getsockname()], 0),
+                ([self.black_hole(), self.black_hole()], 6)]:
+            client = self.client(self.serve(connect_timeout=PATIENCE if not reply else 0.1)).greet()
+            before = descriptors()
+            with mock.patch.object(socks5, "ATTEMPT_DELAY", 0.05), resolver(*addresses):
+                self.assertEqual(client.ask(80, "x.example"), reply)
+            count = before + (before and not reply)  # the target's, nothing else
+            wait_until(lambda count=count: descriptors() == count)
+        with self.assertRaises(BlockingIOError):  # nobody went on after the success
+            later.accept()
+
+    @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
+    def test_families_take_turns(self):
+        attempts = []
+
+        def connect(sock, address):
+            attempts.append(address[0])
+            raise OSError(errno.EHOSTUNREACH, "")
+
+        client = self.client(self.serve()).greet()
+        with resolver(("::1", 1), ("::2", 1), ("::3", 1), ("127.0.0.1", 1), ("::4", 1)), \
+                mock.patch.multiple(socket.socket, connect=connect, connect_ex=connect):
+            self.assertEqual(client.ask(80, "x.example"), 4)
+        self.assertEqual(attempts, ["::1", "127.0.0.1", "::2", "::3", "::4"])
+
+    def test_descriptors_exhausted(self):
+        for count in (1, 2):
+            client = self.client(self.serve(connect_timeout=PATIENCE)).greet()
+            with self.within(6), resolver(*[("127.0.0.1", 1)] * count), mock.patch.object(
+                    socket.socket, "__init__", side_effect=OSError(errno.EMFILE, "")):
+                self.assertEqual(client.ask(80, "x.example"), 1)
+
+
+class LookUpTest(TestCase):
+    def setUp(self):
+        super().setUp()
+        before = set(threading.enumerate())  # a look-up that was left behind ends later
+        self.addCleanup(wait_until, lambda: not set(threading.enumerate()) - before)
+        self.seen = collections.Counter()  # look-ups that are under way, and the most that were
+
+    @contextlib.contextmanager
+    def look_ups(self, limit, wait=lambda: None, error=None):
+        """Allow `limit` look-ups, each of which takes as long as `wait` and finds a dead end."""
+        lock, dead = threading.Lock(), self.dead()
+
+        def getaddrinfo(*args, **kwargs):
+            with lock:
+                self.seen["now"] += 1
+                self.seen["most"] = max(self.seen["now"], self.seen["most"])
+            wait()
+            with lock:
+                self.seen["now"] -= 1
+            if error:
+                raise error
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", dead)]
+
+        with mock.patch("socket.getaddrinfo", getaddrinfo), \
+                mock.patch.object(socks5, "MAX_LOOK_UPS", limit, create=True):
+            yield
+
+    def ask_at_once(self, server, count):
+        """Return the replies to `count` clients that ask for a name at the same time."""
+        clients = [self.client(server).greet() for _ in range(count)]
+        for client in clients:
+            client.say("05 01 00 03 01 78 00 50")
+        return [client.read_reply()[0] for client in clients]
+
+    def test_resolver_that_hangs(self):
+        answer = threading.Event()
+        self.addCleanup(answer.set)
+        with self.look_ups(2, lambda: answer.wait(PATIENCE)), self.logged() as lines:
+            server = self.serve(connect_timeout=0.2)
+            with self.within(6):
+                self.assertEqual(self.ask_at_once(server, 6), [6] * 6)
+                self.assertEqual(self.ask_at_once(server, 2), [6] * 2)
+            self.assertEqual(self.seen["most"], 2)  # those that were left behind count
+            self.assertTrue(any(line.startswith("waiting for a look-up") for line in lines), lines)
+            answer.set()
+            wait_until(lambda: not self.seen["now"])
+            self.assertEqual(self.ask_at_once(server, 2), [5] * 2)
+
+    def test_burst_is_served_in_turn(self):
+        with self.look_ups(2, lambda: time.sleep(0.02)), self.within(10):
+            server = self.serve(connect_timeout=PATIENCE)
+            self.assertEqual(self.ask_at_once(server, 12), [5] * 12)
+        self.assertEqual(self.seen["most"], 2)
+
+    def test_failures_make_room(self):
+        server = self.serve(connect_timeout=2)
+        for error, reply in ((socket.gaierror(-2, "unknown"), 4), (MemoryError(), 1)):
+            with self.look_ups(1, error=error), self.within(6):
+                for _ in range(3):
+                    self.assertEqual(self.ask_at_once(server, 1), [reply])
+
+    def test_no_thread_for_a_look_up(self):
+        clients = [self.client(self.serve(connect_timeout=2)).greet() for _ in range(2)]
+        with self.look_ups(1), self.within(6), self.logged() as lines:
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
+                self.assertEqual(clients[0].ask(80, "x"), 1)
+            clients[0].close()
+            self.assertEqual(self.session_line(lines)["end"], "refused")
+            self.assertEqual(clients[1].ask(80, "x"), 5)
+
+
+# ---- relaying ----------------------------------------------------------------------------
+
+NOT_THIS = hooked(authorize=lambda _, destination: destination.host != "127.0.0.3")
 SIDES = ["client", "target"]  # the ends of a relay, as `tunnel` returns them
 BULK = pattern(1000003) * 8   # bytes for a busy flow; no buffer's size divides its period
 
 
-def children(process):
-    """Return the child processes of `process`."""
-    with open("/proc/%d/task/%d/children" % (process, process)) as listing:
-        return [int(child) for child in listing.read().split()]
-
-
-def fill(sock):
-    """Send until the other end has taken nothing for 0.1 seconds; return what was sent."""
-    content, sent = pattern(MEBIBYTE), 0
-    sock.settimeout(0.1)
-    with contextlib.suppress(socket.timeout):
-        while sent < 64 * MEBIBYTE:
-            sent += sock.send(content[sent % MEBIBYTE:])
-    sock.settimeout(PATIENCE)
-    return (content * (sent // MEBIBYTE + 1))[:sent]
-
-
-def flood(sock):
-    """Send until the connection breaks."""
-    with contextlib.suppress(OSError):
-        while True:
-            sock.sendall(bytes(MEBIBYTE))
-
-
 READ, SEND = ["recv", "recv_into"], ["send", "sendall"]
-
-
-def breaking(methods, peer, error):
-    """Return a patch of socket: these methods of a socket that is connected to `peer` raise."""
-    where = peer.getsockname()
-
-    def is_connected(sock):
-        try:
-            return sock.getpeername() == where
-        except OSError:
-            return False
-
-    def broken(real):
-        def method(sock, *args):
-            if is_connected(sock):
-                raise error
-            return real(sock, *args)
-        return method
-    return mock.patch.multiple(
-        socket.socket, **{name: broken(getattr(socket.socket, name)) for name in methods})
-
-
-class SweepTestCase(TestCase):
-    """Tests of deadlines, which are looked at often."""
-
-    def setUp(self):
-        super().setUp()
-        patch = mock.patch.object(socks5, "SWEEP_INTERVAL", 0.02)
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def live(self, server):
-        """Return the fields of the lines for the live sessions in a report of `server`."""
-        with self.logged() as lines:
-            server.report()
-        return [fields(line) for line in lines if line.startswith("live ")]
-
-    def send(self, sock, content, close=False):
-        """Send `content` in a thread, which may then close `sock`."""
-        return self.thread(lambda: (sock.sendall(content), close and sock.close()))
-
-    def slow_tunnel(self, server):
-        """Return the ends of a relay whose client has little room for what it does not read."""
-        client, listener = self.own(Client()), self.listen()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-        client.connect(server.server_address)
-        client.greet().ask(listener.getsockname()[1])
-        return client, self.own(listener.accept()[0])
-
-    def serve_to(self, connect, **settings):
-        """Return a server whose hook `connect` is this function without arguments."""
-        class Handler(socks5.Socks5RequestHandler):
-            def connect(self, destination):
-                return connect()
-        return self.serve(Handler, **settings)
 
 
 class RelayTest(SweepTestCase):
     def test_half_closes(self):
         content = pattern(MEBIBYTE)
         for first in (0, 1):
-            with self.subTest(SIDES[first]), self.logged() as lines:
+            with self.subTest(SIDES[first]), self.ending(SIDES[first] + "-closed"):
                 ends = self.tunnel()
                 ends[first].shutdown(socket.SHUT_WR)
                 self.assertEqual(read_all(ends[1 - first]), (b"", "end"))
                 self.send(ends[1 - first], content, close=True)
                 self.assertEqual(read_all(ends[first]), (content, "end"))
-                self.assertEqual(self.session_line(lines)["end"], SIDES[first] + "-closed")
 
     def test_resets(self):
         def half_close(ours, other):
@@ -1383,16 +1392,15 @@ class RelayTest(SweepTestCase):
                     ("after it has read", lambda ours, other: move(other, ours)),
                     ("after both", lambda ours, other: (move(ours, other), move(other, ours))),
                     ("after much", lambda ours, other: move(ours, other, BULK))]:
-                with self.subTest(SIDES[first] + " " + name), self.logged() as lines:
+                with self.subTest(SIDES[first] + " " + name), self.ending(SIDES[first] + "-reset"):
                     ends = self.tunnel()
                     prepare(ends[first], ends[1 - first])
                     reset(ends[first])
                     self.assertEqual(read_all(ends[1 - first]), (b"", "reset"))
-                    self.assertEqual(self.session_line(lines)["end"], SIDES[first] + "-reset")
 
     def test_reset_by_a_client_that_does_not_wait_for_the_reply(self):
         (ours, theirs), has_reset = self.pair(), threading.Event()
-        client = self.client(self.serve_to(lambda: has_reset.wait(PATIENCE) and ours))
+        client = self.client(self.serve_hook(lambda: has_reset.wait(PATIENCE) and ours))
         client.say("05 01 00 05 01 00 01 7f 00 00 01 00 50" + b"half of a file".hex())
         client.hear("05 00")
         reset(client)
@@ -1407,12 +1415,11 @@ class RelayTest(SweepTestCase):
             with self.assertRaises(OSError):
                 while True:  # until the error has been reported: what recv() sees is an end
                     ours.send(b"x")
-            with self.subTest(len(early)), self.logged() as lines:
-                client = self.client(self.serve_to(lambda ours=ours: ours)).greet()
+            with self.subTest(len(early)), self.ending("target-reset"):
+                client = self.client(self.serve_hook(lambda ours=ours: ours)).greet()
                 client.say("05 01 00 01 7f 00 00 01 00 50" + early)
                 client.hear("05 00 00 01 7f 00 00 01 ?? ??")
                 self.assertEqual(read_all(client), (answer, "reset"))
-                self.assertEqual(self.session_line(lines)["end"], "target-reset")
 
     def test_ends_that_cross_are_clean(self):
         real = socket.socket.getpeername
@@ -1489,13 +1496,12 @@ class RelayTest(SweepTestCase):
 
         recorder = Recorder(fileno=ours.detach())
         with mock.patch("os.pipe", side_effect=OSError(errno.EMFILE, "")):  # nor is it spliced
-            client = self.client(self.serve_to(lambda: recorder)).greet()
+            client = self.client(self.serve_hook(lambda: recorder)).greet()
             client.ask(80)
             sent = fill(target)
             self.assertTrue(read_count(client, len(sent)) == sent)
             for _ in range(20):
-                target.sendall(b"ping")
-                self.assertEqual(read_count(client, 4), b"ping")
+                self.check_one_way(target, client)
         self.assertLessEqual(sizes[0], 4096)  # what an idle session costs
         self.assertGreaterEqual(max(sizes), 64 * 1024)
         self.assertLessEqual(max(sizes), MEBIBYTE)
@@ -1508,7 +1514,7 @@ class RelayTest(SweepTestCase):
                     (READ, lost, "-lost"), (SEND, lost, "-lost"), (READ, MemoryError(), None),
                     (SEND, ConnectionResetError(errno.ECONNRESET, ""), "-reset")]:
                 with self.subTest(SIDES[first], methods=methods, error=error), \
-                        self.logged() as lines, self.within(5):
+                        self.logged() as lines, self.within(6):
                     ends = self.tunnel()
                     sender = first if methods == READ else 1 - first
                     with breaking(methods, ends[first], error):
@@ -1520,40 +1526,24 @@ class RelayTest(SweepTestCase):
                     self.assertFalse([each for each in lines if each.startswith("thread failed")])
 
     def test_no_thread_for_the_second_flow(self):
-        real = threading.Thread.start
         for command in ("01", "02"):
-            allowed = iter([1])  # the session's own thread
-
-            def start(thread, allowed=allowed):
-                if next(allowed, None) is None:
-                    raise RuntimeError("can't start new thread")
-                real(thread)
-
+            errors = [None] + [RuntimeError("can't start new thread")] * 9  # the session's is first
             with self.subTest(command), self.logged() as lines:
                 server, listener = self.serve(), self.listen()
-                with mock.patch("threading.Thread.start", start):
+                with failing(threading.Thread, "start", errors):
                     client = self.client(server).greet()
                     if command == "01":
                         code = client.ask(listener.getsockname()[1])
+                        other = self.own(listener.accept()[0])
                     else:
-                        self.own(socket.create_connection(client.bind_for()))
+                        other = self.own(socket.create_connection(client.bind_for()))
                         code = client.read_reply()[0]
                     self.assertEqual(code, Reply.GENERAL_FAILURE)
                     client.close()
+                    self.assertEqual(read_all(other)[0], b"")
                     line = self.session_line(lines)
                 self.assertEqual((line["reply"], line["end"]), ("GENERAL_FAILURE", "no-thread"))
                 self.tunnel(server)  # it goes on
-
-    def test_hooks_socket_of_another_family(self):
-        ours, theirs = socket.socketpair()
-        self.own(theirs)
-        client = self.client(self.serve_to(lambda: ours)).greet()
-        client.say("05 01 00 01 7f 00 00 01 00 50")
-        client.hear("05 00 00 01 00 00 00 00 00 00")
-        client.sendall(b"ping")
-        self.assertEqual(read_count(theirs, 4), b"ping")
-        theirs.close()
-        self.assertEqual(read_all(client), (b"", "end"))
 
     def test_sockets_are_tuned(self):
         sockets = []
@@ -1564,8 +1554,7 @@ class RelayTest(SweepTestCase):
                 return sockets[1]
 
         client, target = self.tunnel(self.serve(Handler))
-        client.sendall(b"x")
-        self.assertEqual(read_count(target, 1), b"x")  # so the relay has begun
+        self.check_one_way(client, target)  # so the relay has begun
         for sock in sockets:
             self.assertTrue(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
@@ -1577,14 +1566,11 @@ class RelayTest(SweepTestCase):
     def test_reader_of_any_size_loses_nothing(self):
         content = pattern(7680)
         for size in (1024, 8192, 65536, -1):  # -1 is what socketserver has
-            class Handler(socks5.Socks5RequestHandler):
-                rbufsize = size
-
             for command in ("01", "02"):
                 with self.subTest(size, command=command):
-                    server, listener = self.serve(Handler), self.listen()
-                    client = self.client(server)
-                    client.settimeout(3)
+                    listener = self.listen()
+                    client = self.client(self.serve(hooked(rbufsize=size)))
+                    client.settimeout(8)
                     client.sendall(octets("05 01 00 05" + command + "00 01 7f 00 00 01") + port_of(
                         listener.getsockname()[1]) + content)  # in one segment
                     client.shutdown(socket.SHUT_WR) if command == "01" else None
@@ -1596,7 +1582,7 @@ class RelayTest(SweepTestCase):
                         self.assertTrue(read_all(target) == (content, "end"))
                     else:
                         target = self.own(socket.create_connection(where))
-                        target.settimeout(3)
+                        target.settimeout(8)
                         self.assertEqual(read_count(target, len(content)), content)
 
     def test_urgent_byte_is_passed_on_in_its_place(self):
@@ -1613,7 +1599,8 @@ class RelayTest(SweepTestCase):
         rows, seen = [], []
         for end, reader, settings in [
                 ("idle-timeout", 0, {"idle_timeout": 0.1}), ("linger-timeout", 1, {"linger": 0.1}),
-                ("idle-timeout", 1, {"idle_timeout": 0.1}), ("server-closed", 0, {})]:
+                ("idle-timeout", 1, {"idle_timeout": 0.1}), ("linger-timeout", 0, {"linger": 0.1}),
+                ("server-closed", 0, {})]:
             ending, has_read = threading.Event(), threading.Event()
 
             class Handler(socks5.Socks5RequestHandler):
@@ -1675,8 +1662,8 @@ class RelayTest(SweepTestCase):
                 ends.append("end")
 
         threads = [self.thread(flood, target), self.thread(read)]
-        time.sleep(0.3)  # until the sender is stuck, but for what the reader takes
-        with self.within(2):
+        time.sleep(0.1)  # until the sender is stuck, but for what the reader takes
+        with self.within(6):
             self.stop(server)
             for thread in threads:
                 thread.join(PATIENCE)
@@ -1694,8 +1681,7 @@ class RelayTest(SweepTestCase):
         received, start = [0, 0, 0], time.monotonic()
         while time.monotonic() < start + 1.4:
             for source, sink in (up, down[::-1]):  # in one direction only
-                source.sendall(b"x")
-                self.assertEqual(read_count(sink, 1), b"x")
+                self.check_one_way(source, sink)
             for number, (client, _) in enumerate(slow):
                 received[number] += len(client.recv(4096))
             time.sleep(0.01)  # this is what makes it slow
@@ -1711,42 +1697,31 @@ class SpliceTest(SweepTestCase):
     def test_flow_that_is_bulky_quiet_and_bulky_again(self):
         with mock.patch("os.splice", wraps=os.splice) as splice:
             client, target = self.tunnel()
-            calls, count = [0], descriptors()
+            count = descriptors()
             for _ in range(2):
-                self.send(target, BULK)
-                self.assertTrue(read_count(client, len(BULK)) == BULK)
-                calls.append(splice.call_count)
+                calls, bulks = splice.call_count, 0
+                while splice.call_count == calls and bulks < 20:  # the relay may be quick enough
+                    self.send(target, BULK)
+                    self.assertTrue(read_count(client, len(BULK)) == BULK)
+                    bulks += 1
+                self.assertGreater(splice.call_count, calls)
                 for _ in range(20):
-                    target.sendall(b"ping")
-                    self.assertEqual(read_count(client, 4), b"ping")
+                    self.check_one_way(target, client)
                 self.assertEqual(descriptors(), count)  # the pipe has been given back
-            self.assertLess(calls[0], calls[1])
-            self.assertLess(calls[1], calls[2])
 
-    def test_refused_in_mid_flow(self):
-        real = os.splice
-        for refused in (1, 2, 5, 6):
-            calls = []
-
-            def splice(*args, calls=calls, refused=refused):
-                calls.append(args)
-                if len(calls) == refused:
-                    raise OSError(errno.EINVAL, "refused")
-                return real(*args)
-
-            with self.subTest(refused), mock.patch("os.splice", splice):
+    def test_refused(self):
+        rows = [("os.splice", errno.EINVAL, accepted) for accepted in (0, 1, 4, 5)]
+        for name, code, accepted in rows + [("os.pipe", errno.EMFILE, 0),
+                                            ("fcntl.fcntl", errno.EPERM, 0)]:
+            module, function = name.split(".")
+            errors = [None] * accepted + [OSError(code, "refused")] + [None] * 99
+            calls, owner = [], __import__(module)
+            with self.subTest(name, accepted=accepted), failing(
+                    owner, function, errors, lambda *args, calls=calls: not calls.append(args)):
                 client, target = self.tunnel()
                 self.send(target, BULK, close=True)
                 self.assertTrue(read_all(client) == (BULK, "end"))
-                self.assertEqual(len(calls), refused)
-
-    def test_pipe_refused(self):
-        for name, code in (("os.pipe", errno.EMFILE), ("fcntl.fcntl", errno.EPERM)):
-            with self.subTest(name), mock.patch(name, side_effect=OSError(code, "")) as refusal:
-                client, target = self.tunnel()
-                self.send(target, BULK, close=True)
-                self.assertTrue(read_all(client) == (BULK, "end"))
-                self.assertEqual(refusal.call_count, 1)
+                self.assertEqual(len(calls), accepted + 1)
 
     def test_half_close_in_the_middle(self):
         with mock.patch("os.splice", wraps=os.splice) as splice:
@@ -1767,41 +1742,22 @@ class SpliceTest(SweepTestCase):
                 with self.subTest(SIDES[source], breaker=SIDES[breaker]), \
                         mock.patch("os.splice", wraps=os.splice) as splice, \
                         self.logged() as lines:
-                    ends = self.tunnel()
-                    self.send(ends[source], BULK)
-                    self.assertTrue(read_count(ends[1 - source], len(BULK)) == BULK)
+                    ends, count = self.tunnel(), 0
+                    while not splice.called and count < 20:  # the relay may be quick enough
+                        self.send(ends[source], BULK)
+                        self.assertTrue(read_count(ends[1 - source], len(BULK)) == BULK)
+                        count += 1
                     self.assertTrue(splice.called)
                     reset(ends[breaker])
                     self.assertEqual(read_all(ends[1 - breaker]), (b"", "reset"))
                     line = self.session_line(lines)
                     self.assertEqual(line["end"], SIDES[breaker] + "-reset")
-                    self.assertEqual(line["down" if source else "up"], str(len(BULK)))
+                    self.assertEqual(line["down" if source else "up"], str(count * len(BULK)))
 
 
-@unittest.skipUnless(os.path.exists("/proc/self/task/%d/children" % os.getpid()),
-                     "the system does not list the children of a process")
-class KilledWorkerTest(CommandTestCase):
-    def test_part_never_looks_whole(self):
-        process, port = self.serve_command("-q", "--workers", "2")
-        wait_until(lambda: len(children(process.pid)) == 2)
-        client, target = self.tunnel(port)
-        target.sendall(b"half of a file")
-        self.assertEqual(read_count(client, 14), b"half of a file")
-        for worker in children(process.pid):
-            os.kill(worker, signal.SIGKILL)
-        self.assertEqual([read_all(client), read_all(target)], [(b"", "reset")] * 2)
-
-
-# ---- datagrams ---------------------------------------------------------------------------
+# ---- associations ------------------------------------------------------------------------
 
 class AssociationTest(SweepTestCase):
-    def datagrams(self, host="127.0.0.1", port=0):
-        """Return a socket for datagrams."""
-        sock = self.own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET,
-                                      socket.SOCK_DGRAM))
-        sock.bind((host, port))
-        return sock
-
     def associate(self, server, port=0):
         """Return a control connection, and a client's socket that is connected to the server's."""
         control = self.client(server).greet()
@@ -1833,17 +1789,7 @@ class AssociationTest(SweepTestCase):
 
     def wait_for_dropped(self, server, count):
         """Wait until the only session of `server` has dropped so many datagrams."""
-        wait_until(lambda: [line["dropped"] for line in self.live(server)] == [str(count)])
-
-    def test_frames(self):
-        _, client = self.associate(self.serve())
-        target = self.datagrams()
-        port = "%04x" % target.getsockname()[1]
-        client.send(octets("00 00 00 01 7f 00 00 01" + port + "70 69 6e 67"))
-        data, source = target.recvfrom(100)
-        self.assertEqual(data, b"ping")
-        target.sendto(b"pong", source)
-        self.assertEqual(client.recv(100), octets("00 00 00 01 7f 00 00 01" + port + "70 6f 6e 67"))
+        wait_until(lambda: [live["dropped"] for live in self.report(server)[0]] == [str(count)])
 
     def test_empty_and_longest(self):
         server, target = self.serve(), self.datagrams()
@@ -1972,23 +1918,19 @@ class AssociationTest(SweepTestCase):
                 _, client = self.associate(server)
                 for _ in range(3):  # the first of them has to be looked up
                     client.send(self.named(b"x", port, b"ping"))
-                    target.settimeout(2)
+                    target.settimeout(8)
                     data, source = target.recvfrom(100)
                     self.assertEqual(data, b"ping")
                     target.sendto(b"pong", source)
                     self.assertEqual(client.recv(100), self.frame(target, b"pong"))
-                self.assertEqual(self.live(server)[0]["dropped"], "0")
+                self.assertEqual(self.report(server)[0][0]["dropped"], "0")
 
     def test_rules_for_each_datagram(self):
         good, bad = self.datagrams(), self.datagrams()
         rule = "127.0.0.1:%d" % bad.getsockname()[1]
 
-        class NotTheNamed(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                return destination.host != "127.0.0.3"
-
         with self.logged() as lines:
-            control, client = self.associate(self.serve(NotTheNamed, rules=["deny " + rule]))
+            control, client = self.associate(self.serve(NOT_THIS, rules=["deny " + rule]))
             client.send(self.frame(bad, b"x"))
             client.send(octets("00 00 00 01 7f 00 00 03 00 35"))
             self.check(client, good)
@@ -2015,25 +1957,23 @@ class AssociationTest(SweepTestCase):
         for leave, end in [(socket.socket.close, "client-closed"), (reset, "client-reset"),
                            (lambda control: control.shutdown(socket.SHUT_WR), "client-closed")]:
             for _ in range(10):  # which thread notices it first is chance
-                with self.logged() as lines:
+                with self.ending(end):
                     control, client = self.associate(server)
                     control.sendall(b"what nobody has to say here")
                     self.check(client, target)
                     leave(control)
-                    self.assertEqual(self.session_line(lines)["end"], end)
 
     def test_client_that_has_vanished(self):
-        with self.logged() as lines, self.within(5):
+        with self.logged() as lines, self.within(6):
             control, _ = self.associate(self.serve())
             with breaking(READ, control, OSError(errno.ETIMEDOUT, "")):
                 control.sendall(b"x")
                 self.assertEqual(self.session_line(lines)["end"], "client-lost")
 
     def test_timeout(self):
-        with self.logged() as lines, self.within(3):
+        with self.ending("udp-timeout"), self.within(6):
             control, _ = self.associate(self.serve(udp_timeout=0.1))
             self.assertEqual(read_all(control), (b"", "end"))
-            self.assertEqual(self.session_line(lines)["end"], "udp-timeout")
 
     def test_datagrams_of_either_direction_keep_it_open(self):
         server = self.serve(udp_timeout=0.4, idle_timeout=0.1, handshake_timeout=0.1)
@@ -2041,9 +1981,9 @@ class AssociationTest(SweepTestCase):
         (_, sender), (_, receiver) = self.associate(server), self.associate(server)
         source = self.check(receiver, other)
         for sock in (target, receiver):
-            sock.settimeout(3)
+            sock.settimeout(8)
         start = time.monotonic()
-        while time.monotonic() < start + 0.8:
+        while time.monotonic() < start + 0.6:
             sender.send(self.frame(target, b"up"))
             self.assertEqual(target.recv(100), b"up")
             other.sendto(b"down", source)
@@ -2065,13 +2005,9 @@ class AssociationTest(SweepTestCase):
         client.hear("05 00 00 04 20 01 0d b8 00 00 00 00 00 00 00 00 00 00 00 01 ?? ??")
 
     def test_hook_that_raises(self):
-        class Broken(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                raise KeyError
-
         for address in ("01 7f 00 00 01 00 35", "03 01 78 00 35"):  # here, and in a look-up
             with self.subTest(address), self.logged() as lines:
-                server = self.serve(Broken)
+                server = self.serve(hooked(authorize=mock.Mock(side_effect=KeyError)))
                 control, client = self.associate(server)
                 client.send(octets("00 00 00" + address))
                 self.assertEqual(read_all(control), (b"", "reset"))
@@ -2160,7 +2096,7 @@ class AssociationTest(SweepTestCase):
                     sent += 1
             counts = ["up", "down", "datagrams_up", "datagrams_down", "dropped"]
             expected = [str(sent)] * 4 + ["0"]
-            wait_until(lambda: [self.live(server)[0][name] for name in counts] == expected)
+            wait_until(lambda: [self.report(server)[0][0][name] for name in counts] == expected)
 
     def test_commands_that_are_served(self):
         for commands, replies in [("connect", "77"), ("connect,udp", "70"), ("bind", "07")]:
@@ -2169,13 +2105,9 @@ class AssociationTest(SweepTestCase):
                 with self.subTest(commands, command=command):
                     client = self.client(server).greet()
                     self.assertEqual(client.ask(80, command=command), int(reply))
-        for bad in ({"commands": ["CONNECT"]}, {"udp_advertise": "fe80::1%lo"},
-                    {"udp_advertise": "localhost"}):
-            with self.assertRaises(ValueError):
-                socks5.Settings(**bad)
 
 
-# ---- connections from outside ------------------------------------------------------------
+# ---- BIND --------------------------------------------------------------------------------
 
 ANY_IPV4, LOOPBACK_IPV4 = "01" + " 00" * 6, "01 7f 00 00 01 00 00"
 ANY_IPV6, LOOPBACK_IPV6 = "04" + " 00" * 18, "04" + " 00" * 15 + "01 00 00"
@@ -2189,13 +2121,7 @@ class BindTest(SweepTestCase):
         sock.connect(address)
         return sock
 
-    def accepting(self, where, accept):
-        """Return a patch of socket: to accept at `where` is `accept(real accept, socket)`."""
-        real = socket.socket.accept
-        return mock.patch.object(socket.socket, "accept", lambda sock: (
-            accept(real, sock) if sock.getsockname() == where else real(sock)))
-
-    def check_relay(self, client, peer):
+    def check_bound(self, client, peer):
         """Check the second reply, and that a relay follows as CONNECT has it."""
         self.assertEqual(client.read_reply(), (Reply.SUCCEEDED, peer.getsockname()[:2]))
         client.sendall(b"question")
@@ -2232,7 +2158,7 @@ class BindTest(SweepTestCase):
                     self.assertEqual(read_all(self.peer(where, wrong))[0], b"")
                 peer = self.peer(where, right)
                 reached = ("[%s]:%d" if ":" in right else "%s:%d") % peer.getsockname()[:2]
-                self.check_relay(client, peer)
+                self.check_bound(client, peer)
                 line = self.session_line(lines)
                 self.assertEqual(
                     [line[each] for each in ("command", "reached", "reply", "up", "down", "end")],
@@ -2245,24 +2171,15 @@ class BindTest(SweepTestCase):
         self.assertEqual(client.read_reply()[0], Reply.SUCCEEDED)
         with self.assertRaises(ConnectionRefusedError):
             self.peer(where)
-        self.check_echo(client, peer)
-
-    def check_echo(self, client, peer):
-        """Check that the relay is there."""
-        client.sendall(b"ping")
-        self.assertEqual(read_count(peer, 4), b"ping")
+        self.check_relay(client, peer)
 
     def test_refused(self):
-        class NotTheNamed(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                return destination.host != "127.0.0.3"
-
-        server = self.serve(NotTheNamed, rules=["deny 127.0.0.1", "deny *:25"])
+        server = self.serve(NOT_THIS, rules=["deny 127.0.0.1", "deny *:25"])
         for host, port, replies in [
                 ("127.0.0.1", 80, [Reply.NOT_ALLOWED]), ("127.0.0.3", 80, [Reply.NOT_ALLOWED]),
                 ("x", 25, [Reply.NOT_ALLOWED]), ("x", 80, [Reply.HOST_UNREACHABLE]),
                 (*NO_ROUTE, list(Reply)[1:])]:
-            with self.subTest(host, port=port), self.within(3), \
+            with self.subTest(host, port=port), self.within(6), \
                     resolver(error=socket.gaierror(socket.EAI_NONAME, "unknown")):
                 client = self.client(server).greet()
                 self.assertIn(client.ask(port, host, "02"), replies)
@@ -2270,16 +2187,15 @@ class BindTest(SweepTestCase):
                 self.assertEqual(read_all(client), (b"", "end"))
 
     def test_timeout(self):
-        with self.logged() as lines, self.within(3):
+        with self.ending("refused"), self.within(6):
             client = self.client(self.serve(bind_timeout=0.1)).greet()
             client.bind_for()
             client.hear("05 06 00 01 00 00 00 00 00 00")
             client.close()
-            self.assertEqual(self.session_line(lines)["end"], "refused")
 
     def test_look_up_has_a_deadline(self):
         answer = threading.Event()
-        with self.within(3), mock.patch(
+        with self.within(6), mock.patch(
                 "socket.getaddrinfo", side_effect=lambda *args, **kwargs: answer.wait(PATIENCE)):
             client = self.client(self.serve(connect_timeout=0.1)).greet()
             self.assertEqual(client.ask(80, "x", "02"), Reply.TTL_EXPIRED)
@@ -2297,7 +2213,7 @@ class BindTest(SweepTestCase):
     def test_client_that_leaves(self):
         for leave, early in [(socket.socket.close, 0), (reset, 0), (socket.socket.close, 1),
                              (socket.socket.close, 5000), (reset, 1)]:
-            with self.subTest(leave, early=early), self.logged() as lines, self.within(5):
+            with self.subTest(leave, early=early), self.logged() as lines, self.within(6):
                 client = self.client(self.serve()).greet()
                 where = client.bind_for(LOOPBACK_IPV4 + " 01" * early)
                 client.sendall(bytes(early))
@@ -2305,13 +2221,6 @@ class BindTest(SweepTestCase):
                 self.assertEqual(self.session_line(lines)["end"], "client-left")
                 with self.assertRaises(ConnectionRefusedError):
                     self.peer(where)
-
-    def test_server_that_is_closed(self):
-        with self.logged() as lines, self.within(5):
-            server = self.serve()
-            self.client(server).greet().bind_for()
-            self.stop(server)
-            self.assertEqual(self.session_line(lines)["end"], "server-closed")
 
     def test_early_data(self):
         for first, second in [(0, 0), (5, 0), (0, 9), (5, 9), (1500, 9), (1500, 9000)]:
@@ -2341,62 +2250,42 @@ class BindTest(SweepTestCase):
 
     def test_aborted_connection_is_skipped(self):
         client = self.client(self.serve()).greet()
-        where = client.bind_for()
-        errors = [ConnectionAbortedError(errno.ECONNABORTED, "")]
-
-        def accept(real, sock):
-            if errors:
-                raise errors.pop()
-            return real(sock)
-
-        with self.accepting(where, accept):
-            self.check_relay(client, self.peer(where))
+        where, errors = client.bind_for(), [ConnectionAbortedError(errno.ECONNABORTED, "")]
+        with failing(socket.socket, "accept", errors, lambda sock: sock.getsockname() == where):
+            self.check_bound(client, self.peer(where))
         self.assertFalse(errors)
 
     def test_peer_that_is_gone_before_the_second_reply(self):
-        gone = threading.Event()
+        gone, real = threading.Event(), socket.socket.accept
 
-        def accept(real, sock):
+        def accept(sock):
             accepted = real(sock)
-            gone.wait(PATIENCE)
+            if sock.getsockname() == where:
+                gone.wait(PATIENCE)
             return accepted
 
-        with self.logged() as lines:
+        with self.ending("target-reset"):
             client = self.client(self.serve()).greet()
             where = client.bind_for()
-            with self.accepting(where, accept):
+            with mock.patch.object(socket.socket, "accept", accept):
                 peer = self.peer(where)
                 name = peer.getsockname()
                 reset(peer)
                 gone.set()
                 self.assertEqual(client.read_reply(), (Reply.SUCCEEDED, name))
                 self.assertEqual(read_all(client), (b"", "reset"))
-            self.assertEqual(self.session_line(lines)["end"], "target-reset")
 
     def test_reset(self):
         for breaker in (0, 1):
-            with self.subTest(SIDES[breaker]), self.logged() as lines:
+            with self.subTest(SIDES[breaker]), self.ending(SIDES[breaker] + "-reset"):
                 client = self.client(self.serve()).greet()
                 ends = client, self.peer(client.bind_for())
                 self.assertEqual(client.read_reply()[0], Reply.SUCCEEDED)
                 reset(ends[breaker])
                 self.assertEqual(read_all(ends[1 - breaker]), (b"", "reset"))
-                self.assertEqual(self.session_line(lines)["end"], SIDES[breaker] + "-reset")
 
 
 # ---- handler -----------------------------------------------------------------------------
-
-def failing(owner, name, errors, concerns=lambda *args: True):
-    """Return a patch of `owner.name` that raises `errors`, one a call; None raises nothing."""
-    real = getattr(owner, name)
-
-    def fail(*args, **kwargs):
-        error = errors.pop(0) if errors and concerns(*args) else None
-        if error:
-            raise error
-        return real(*args, **kwargs)
-    return mock.patch.object(owner, name, fail)
-
 
 ASK, OPEN = "05 01 00 01 7f 00 00 01 PP PP", "05 00 00 01 7f 00 00 01 ?? ??"
 TO = "05 01 00 05 01 00 01 7f 00 00 01"  # what a client says to get to a port of this host
@@ -2418,6 +2307,9 @@ CONVERSATIONS = [  # what it is, users, what the client sends, what the server a
     ("login", USERS, LOGIN + ASK + "21", "05 02 01 00" + OPEN + "21"),
     ("login, not ASCII", USERS, "05 01 02 01 04 62 c3 bc 62 03 e2 82 ac" + ASK,
      "05 02 01 00" + OPEN),
+    ("Latin-1 instead of UTF-8", USERS, "05 01 02 01 03 62 fc 62 01 80", "05 02 01 01"),
+    ("login, 254 of 255 bytes", USERS, "05 01 02 01 fe" + "78" * 254 + "ff" + "79" * 255,
+     "05 02 01 01"),
     ("login, 255 bytes", USERS, "05 01 02 01 ff" + "78" * 255 + "ff" + "79" * 255 + ASK,
      "05 02 01 00" + OPEN),
     ("login is not optional", USERS, "05 01 00" + ASK, "05 ff"),
@@ -2438,6 +2330,8 @@ CONVERSATIONS = [  # what it is, users, what the client sends, what the server a
      "05 00 05 00 00 01 7f 00 00 01 ?? ??"),
     ("command 0", None, "05 01 00 05 00 00 01 7f 00 00 01 PP PP", "05 00 05 07" + REFUSED),
     ("command 255, a name", None, "05 01 00 05 ff 00 03 01 78 00 50", "05 00 05 07" + REFUSED),
+    ("address type 0", None, "05 01 00 05 01 00 00 7f 00 00 01 PP PP", "05 00 05 08" + REFUSED),
+    ("address type 255", None, "05 01 00 05 01 00 ff 7f 00 00 01 PP PP", "05 00 05 08" + REFUSED),
     ("address type 2", None, "05 01 00 05 01 00 02 7f 00 00 01 PP PP", "05 00 05 08" + REFUSED),
     ("an empty name", None, "05 01 00 05 01 00 03 00 00 50", "05 00 05 04" + REFUSED),
     ("a name with a NUL", None,
@@ -2472,7 +2366,9 @@ class ConversationTest(TestCase):
     def test_whole_and_byte_by_byte(self):
         for name, users, sent, answer in CONVERSATIONS:
             whole = self.fill(sent)
-            for pieces in ([whole], [bytes([byte]) for byte in whole]):
+            step = 1 if len(whole) < 100 else 40
+            for pieces in ([whole], [whole[start:start + step]
+                                     for start in range(0, len(whole), step)]):
                 with self.subTest(name, pieces=len(pieces)):
                     self.assertRegex(self.talk(users, pieces), "^%s$" % answer.replace(
                         " ", "").replace("??", ".."))
@@ -2482,7 +2378,7 @@ class ConversationTest(TestCase):
             whole = self.fill(sent)
             pairs = re.findall("..", answer.replace(" ", "").replace("??", ".."))
             beginning = "^" + "(?:".join([""] + pairs) + ")?" * len(pairs) + "$"
-            for end in {*range(min(len(whole), 40)), *range(max(len(whole) - 12, 0), len(whole))}:
+            for end in range(0, len(whole), 1 if len(whole) < 100 else 40):
                 with self.subTest(name, end=end):
                     self.assertRegex(self.talk(users, [whole[:end]]), beginning)
 
@@ -2509,12 +2405,8 @@ class HandlerTest(TestCase):
                 (OSError(errno.ECONNREFUSED, ""), 5), (OSError(errno.EMFILE, ""), 1),
                 (socks5.RequestError(Reply.NOT_ALLOWED), 2), (EOFError(), 1), (MemoryError(), 1),
                 (socks5.ProtocolError("client-left"), 1), (ZeroDivisionError("hunter2"), 1)]:
-            class Handler(socks5.Socks5RequestHandler):
-                def connect(self, destination, error=error):
-                    raise error
-
             with self.subTest(error=error), self.logged() as lines:
-                server = self.serve(Handler)
+                server = self.serve_hook(mock.Mock(side_effect=error))
                 client = self.client(server)
                 client.say(TO + "00 50")
                 client.hear("05 00 05 %02x" % reply + REFUSED)
@@ -2530,12 +2422,9 @@ class HandlerTest(TestCase):
                 self.assertNotIn("hunter2", "".join(lines))
 
     def test_login_that_cannot_be_checked(self):
-        class Handler(socks5.Socks5RequestHandler):
-            def authenticate(self, username, password):
-                raise OSError("the directory does not answer")
-
+        error = OSError("the directory does not answer")
         with self.logged() as lines:
-            server = self.serve(Handler, users=USERS)
+            server = self.serve(hooked(authenticate=mock.Mock(side_effect=error)), users=USERS)
             client = self.client(server)
             client.say(LOGIN)
             self.assertEqual(read_all(client)[0], octets("05 02"))
@@ -2548,12 +2437,9 @@ class HandlerTest(TestCase):
         server = self.serve(users=USERS)
         with mock.patch("hmac.compare_digest",
                         lambda *pair: calls.append(pair) or pair[0] == pair[1]):
-            for login, status in [("05 61 6c 69 63 65 06 73 65 63 72 65 74", "00"),
-                                  ("05 61 6c 69 63 65 01 78", "01"), ("03 62 6f 62 01 78", "01"),
-                                  ("03 62 6f 62 00", "01")]:
-                client = self.client(server)
-                client.say("05 01 02 01" + login)
-                client.hear("05 02 01" + status)
+            for login in [("alice", "secret", "00"), ("alice", "x", "01"), ("bob", "x", "01"),
+                          ("bob", "", "01")]:
+                self.client(server).log_in(*login)
         self.assertEqual(len(calls), 4)
 
     def test_any_socket_of_a_hook_will_do(self):
@@ -2561,36 +2447,25 @@ class HandlerTest(TestCase):
                                     ("no host", 0.01, socket.socketpair())]:
             ours, theirs = map(self.own, pair)
             ours.settimeout(timeout)
-
-            class Handler(socks5.Socks5RequestHandler):
-                def connect(self, destination, ours=ours):
-                    return ours
-
+            bound = ("0.0.0.0", 0) if name == "no host" else ours.getsockname()
             with self.subTest(name):
-                client = self.client(self.serve(Handler)).greet()
-                self.assertEqual(client.ask(80), Reply.SUCCEEDED)
+                client = self.client(self.serve_hook(lambda ours=ours: ours)).greet()
+                client.say("05 01 00 01 7f 00 00 01 00 50")
+                self.assertEqual(client.read_reply(), (Reply.SUCCEEDED, bound))
                 time.sleep(0.05)  # several times the timeout that the hook has left
-                client.sendall(b"up")
-                self.assertEqual(read_count(theirs, 2), b"up")
-                theirs.sendall(b"down")
+                self.check_relay(client, theirs)
                 theirs.close()
-                self.assertEqual(read_all(client), (b"down", "end"))
+                self.assertEqual(read_all(client), (b"", "end"))
 
     def test_no_timeout_at_all(self):
         listener, never = self.listen(), float("inf")
         server = self.serve(connect_timeout=never, handshake_timeout=never, idle_timeout=never,
                             linger=never, bind_timeout=never, udp_timeout=never)
-        with resolver(self.dead(), listener.getsockname()):
-            self.assertEqual(self.client(server).greet().ask(80, "x"), Reply.SUCCEEDED)
+        for addresses in ([listener.getsockname()], [self.dead(), listener.getsockname()]):
+            with resolver(*addresses):
+                self.assertEqual(self.client(server).greet().ask(80, "x"), Reply.SUCCEEDED)
         self.client(server).greet().bind_for()
         self.assertEqual(self.client(server).greet().ask(0, "0.0.0.0", "03"), Reply.SUCCEEDED)
-
-    def test_target_that_does_not_answer_and_name_that_is_unknown(self):
-        server = self.serve(connect_timeout=0.2)
-        with self.within(3), resolver(error=socket.gaierror(socket.EAI_NONAME, "")):
-            self.assertEqual(self.client(server).greet().ask(80, "x"), Reply.HOST_UNREACHABLE)
-            self.assertEqual(self.client(server).greet().ask(self.black_hole()[1]),
-                             Reply.TTL_EXPIRED)
 
     def test_refusal_arrives_though_the_client_still_sends(self):
         with mock.patch.object(socks5, "REFUSAL_TIMEOUT", PATIENCE):
@@ -2606,7 +2481,7 @@ class HandlerTest(TestCase):
         for frame, answer in [("05 01 02", "05 ff"),
                               (TO.replace("05 01 00 01", "05 04 00 01") + "00 50",
                                "05 00 05 07" + REFUSED)]:
-            with self.subTest(answer), self.within(3), self.logged() as lines, \
+            with self.subTest(answer), self.within(6), self.logged() as lines, \
                     mock.patch.multiple(socks5, REFUSAL_TIMEOUT=0.05, SWEEP_INTERVAL=0.02):
                 client = self.client(self.serve(handshake_timeout=PATIENCE))
                 client.say(frame)
@@ -2651,6 +2526,8 @@ class HandlerTest(TestCase):
             b"\2", (b"a", b"b"), Address("127.0.0.1", 80), ("session", "refused")])))
 
 
+# ---- log ---------------------------------------------------------------------------------
+
 class LogTest(TestCase):
     def test_session_line(self):
         listener = self.listen()
@@ -2689,14 +2566,6 @@ class LogTest(TestCase):
                 line = self.session_line(lines)
                 self.assertEqual((line["reply"], line["end"]), (reply, end))
 
-    def test_resets_are_told_apart(self):
-        for number, breaker in enumerate(["client", "target"]):
-            with self.subTest(breaker), self.logged() as lines:
-                ends = self.tunnel()
-                reset(ends[number])
-                self.assertEqual(read_all(ends[1 - number]), (b"", "reset"))
-                self.assertEqual(self.session_line(lines)["end"], breaker + "-reset")
-
     def test_failed_login_has_a_line_and_no_password(self):
         with self.logged("DEBUG") as lines:
             server = self.serve(users=USERS)
@@ -2712,24 +2581,18 @@ class LogTest(TestCase):
 
     def test_nothing_from_the_network_can_forge_a_line(self):
         name = b"x\r\nsession \x1b[31m client=6.6.6.6:1 \xe2\x80\xae\xff\\\0 end=fine"
-        with self.logged() as lines:
+        with self.ending("refused") as lines:
             client = self.client(self.serve()).greet()
-            client.sendall(octets("05 01 00 03") + bytes([len(name)]) + name + port_of(80))
-            client.hear("05 04" + REFUSED)
+            self.assertEqual(client.ask(80, name), Reply.HOST_UNREACHABLE)
             client.close()
-            self.assertEqual(self.session_line(lines)["end"], "refused")
         self.assertRegex(lines[0], r"^[!-~ ]*$")
         self.assertEqual(len(lines[0].split(" ")), 12)
         self.assertIn(r"destination=[x\r\nsession\x20\x1b[31m\x20client=6.6.6.6:1\x20", lines[0])
 
     def test_traceback_at_debug_only(self):
-        class Handler(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                raise ZeroDivisionError
-
         for level, expected in (("INFO", False), ("DEBUG", True)):
             with self.assertLogs("socks5", level) as logs:
-                server = self.serve(Handler)
+                server = self.serve(hooked(authorize=mock.Mock(side_effect=ZeroDivisionError)))
                 self.assertEqual(self.client(server).greet().ask(80), Reply.GENERAL_FAILURE)
                 self.stop(server)
             self.assertEqual([bool(record.exc_info) for record in logs.records
@@ -2738,80 +2601,9 @@ class LogTest(TestCase):
 
 # ---- server ------------------------------------------------------------------------------
 
-class Clock:
-    """A stand-in for time.monotonic that can jump, and knows which threads have looked at it."""
-
-    def __init__(self):
-        self.real = time.monotonic
-        self.ahead = 0  # seconds
-        self.looks = []  # threads
-        self.at_next_look = {}  # functions to call, by thread
-
-    def __call__(self):
-        thread = threading.current_thread()
-        self.looks.append(thread)
-        self.at_next_look.pop(thread, int)()
-        return self.real() + self.ahead
-
-    def jump(self, seconds):
-        self.ahead += seconds
-
-
-class ServerTestCase(TestCase):
-    """Tests of a server that looks at its deadlines often."""
-
-    def setUp(self):
-        super().setUp()
-        patch = mock.patch.object(socks5, "SWEEP_INTERVAL", 0.02)
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def report(self, server):
-        """Return what `server` says of its live sessions, and its totals."""
-        with self.logged() as lines:
-            server.report()
-        return ([fields(line) for line in lines if line.startswith("live ")],
-                fields(next(line for line in lines if line.startswith("totals "))))
-
-    def wait_for_sessions(self, server, count):
-        """Wait until `server` has so many live sessions."""
-        wait_until(lambda: len(self.report(server)[0]) == count)
-
-    def is_served(self, server, source=None):
-        """Return whether a client gets an answer; it leaves then."""
-        with Client.to(("127.0.0.1", server.server_address[1]), source) as client:
-            client.settimeout(3)
-            with contextlib.suppress(OSError):
-                client.say("05 01 00")
-                return client.recv(2) == octets("05 00")
-            return False
-
-    def serve_in(self, handler=socks5.Socks5RequestHandler, **settings):
-        """Return a server that serves, and the thread that accepts and sweeps."""
-        threads = []
-
-        class Server(socks5.Socks5Server):
-            def serve_forever(self, *args):
-                threads.append(threading.current_thread())
-                super().serve_forever(*args)
-
-        with mock.patch.object(socks5, "Socks5Server", Server):
-            server = self.serve(handler, **settings)
-        wait_until(lambda: threads)
-        return server, threads[0]
-
-    def check_sweeping(self, server):
-        """Fail unless `server` still accepts, serves, and ends a silent client in time."""
-        self.assertTrue(self.is_served(server))
-        server.settings = socks5.Settings(handshake_timeout=0.05)
-        client = self.client(server)
-        client.settimeout(3)
-        self.assertEqual(read_all(client), (b"", "end"))
-
-
-class DeadlineTest(ServerTestCase):
+class DeadlineTest(SweepTestCase):
     def test_silent_client(self):
-        with self.within(3), self.logged() as lines:
+        with self.within(6), self.logged() as lines:
             client = self.client(self.serve(handshake_timeout=0.1))
             self.assertEqual(read_all(client), (b"", "end"))
             line = self.session_line(lines)
@@ -2822,7 +2614,7 @@ class DeadlineTest(ServerTestCase):
         client = self.client(self.serve(handshake_timeout=0.15))
         client.settimeout(0.01)
         drops = iter(octets("05 ff") + bytes(255))
-        with self.within(3), contextlib.suppress(ConnectionError):
+        with self.within(6), contextlib.suppress(ConnectionError):
             while True:
                 try:
                     client.sendall(bytes([next(drops)]))
@@ -2833,21 +2625,15 @@ class DeadlineTest(ServerTestCase):
 
     def test_handshake_timeout_ends_with_the_request(self):
         may_connect, (ours, target) = threading.Event(), self.pair()
-
-        class Handler(socks5.Socks5RequestHandler):
-            def connect(self, destination):
-                may_connect.wait(PATIENCE)
-                return ours
-
-        server = self.serve(Handler, handshake_timeout=0.1)
+        server = self.serve_hook(lambda: may_connect.wait(PATIENCE) and ours,
+                                 handshake_timeout=0.1)
         client = self.client(server)
         client.say(TO + "00 50")
         self.assertEqual(read_all(self.client(server)), (b"", "end"))  # a client that came later
         may_connect.set()
         client.hear("05 00" + OPEN)
         self.assertEqual(read_all(self.client(server)), (b"", "end"))
-        client.sendall(b"x")
-        self.assertEqual(read_count(target, 1), b"x")
+        self.check_relay(client, target)
 
     def test_idle_relay_is_reset_and_never_looks_complete(self):
         real = socket.socket.shutdown
@@ -2856,48 +2642,18 @@ class DeadlineTest(ServerTestCase):
             real(sock, how)
             time.sleep(0.05)  # so that a thread that this wakes acts first
 
-        with self.within(3), self.logged() as lines, \
+        with self.within(6), self.ending("idle-timeout"), \
                 mock.patch.object(socket.socket, "shutdown", shutdown):
             client, target = self.tunnel(self.serve(idle_timeout=0.1))
             self.assertEqual(read_all(client), (b"", "reset"))
             self.assertEqual(read_all(target), (b"", "reset"))
-            self.assertEqual(self.session_line(lines)["end"], "idle-timeout")
 
     def test_linger(self):
-        with self.within(3), self.logged() as lines:
+        with self.within(6), self.ending("linger-timeout"):
             client, target = self.tunnel(self.serve(linger=0.1))
             client.shutdown(socket.SHUT_WR)
             self.assertEqual(read_all(target), (b"", "end"))
             self.assertEqual(read_all(client), (b"", "reset"))
-            self.assertEqual(self.session_line(lines)["end"], "linger-timeout")
-
-    def test_peer_that_takes_nothing_cannot_pin_a_thread(self):
-        for number in (0, 1):  # which of them sends
-            with self.subTest(number), self.within(5), self.logged() as lines:
-                ends = self.tunnel(self.serve(linger=0.1))
-                ends[1 - number].shutdown(socket.SHUT_WR)
-                with self.assertRaises(ConnectionError):
-                    while True:  # until the relay has ended under it
-                        ends[number].sendall(bytes(MEBIBYTE))
-                self.assertEqual(self.session_line(lines)["end"], "linger-timeout")
-                self.assertEqual(read_all(ends[1 - number])[1], "reset")
-
-    @unittest.skipUnless(sys.platform == "linux", "the progress of a slow reader shows on Linux")
-    def test_slow_reader_makes_progress(self):
-        listener = self.listen()
-        client = self.own(Client())
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-        client.connect(self.serve(linger=1).server_address)
-        self.assertEqual(client.greet().ask(listener.getsockname()[1]), Reply.SUCCEEDED)
-        target = self.own(listener.accept()[0])
-        client.shutdown(socket.SHUT_WR)
-        content = pattern(8 * MEBIBYTE)
-        self.thread(lambda: (target.sendall(content), target.close()))
-        received, slow_until = 0, time.monotonic() + 1.3
-        while time.monotonic() < slow_until:
-            received += len(client.recv(4096))
-            time.sleep(0.01)  # this is what makes it slow
-        self.assertEqual(received + len(read_all(client)[0]), len(content))
 
     def test_failed_login_is_answered_later(self):
         with mock.patch.object(socks5, "LOGIN_PAUSE", 2 * PATIENCE), self.logged() as lines:
@@ -2911,13 +2667,13 @@ class DeadlineTest(ServerTestCase):
             with self.assertRaises(BlockingIOError):
                 guess.recv(1)
             guess.settimeout(PATIENCE)
-            with self.within(3):
+            with self.within(6):
                 self.stop(server)  # without waiting for the pause
             self.assertEqual(read_all(guess), (octets("01 01"), "end"))
 
     def test_failed_login_has_a_deadline_of_its_own(self):
         with mock.patch.multiple(socks5, LOGIN_PAUSE=0.2, REFUSAL_TIMEOUT=0.1), \
-                self.within(3), self.logged() as lines:
+                self.within(6), self.logged() as lines:
             guess = self.client(self.serve(users=USERS, handshake_timeout=0.1))
             guess.say("05 01 02 01 01 61 01 62")
             self.assertEqual(read_all(guess), (octets("05 02 01 01"), "end"))
@@ -2936,20 +2692,19 @@ class DeadlineTest(ServerTestCase):
             client, target = self.tunnel(server)
             silent, control = self.client(server), self.client(server).greet()
             self.assertEqual(control.ask(0, "0.0.0.0", "03"), Reply.SUCCEEDED)
-            self.wait_for_sessions(server, 3)
+            wait_until(lambda: len(self.report(server)[0]) == 3)
             looks = clock.looks.count(sweeper)
             clock.at_next_look[sweeper] = lambda: clock.jump(PATIENCE / 2)
             wait_until(lambda: clock.looks.count(sweeper) > looks + 10)  # several sweeps
             self.assertEqual(ended(), [])
-            client.sendall(b"x")
-            self.assertEqual(read_count(target, 1), b"x")
-            with self.within(4):  # the deadlines have moved, and are still there
+            self.check_one_way(client, target)
+            with self.within(6):  # the deadlines have moved, and are still there
                 for sock in (silent, control, client):
                     read_all(sock)
                 wait_until(lambda: len(ended()) == 3)
 
 
-class LimitsTest(ServerTestCase):
+class LimitsTest(SweepTestCase):
     HOSTS = ["127.0.0.1", "::"] if has_ipv6() else ["127.0.0.1"]
 
     def test_clients_that_are_served(self):
@@ -2983,11 +2738,13 @@ class LimitsTest(ServerTestCase):
 
     def test_limit_is_each_client_s(self):
         for host in self.HOSTS:
-            with self.subTest(host):
+            with self.subTest(host), self.logged() as lines:
                 server = self.serve(host=host, max_per_client=1)
                 self.client(server.server_address[1]).greet()
                 self.assertFalse(self.is_served(server))
                 self.assertTrue(self.is_served(server, "127.0.0.2"))
+                self.assertRegex("\n".join(lines), (
+                    r"(?m)^too many sessions of a client client=127\.0\.0\.1:\d+$"))
 
     def test_warnings_of_a_kind_are_a_line_each_interval(self):
         for kind, settings, owner, name, error in [
@@ -3010,56 +2767,21 @@ class LimitsTest(ServerTestCase):
                             errors += [error]
                             self.assertEqual(self.is_served(server), "descriptors" in kind)
                         clock.jump(jump * PATIENCE)
+                if "no thread" in kind:
+                    self.assertTrue(self.is_served(server))
                 self.assertEqual(len(lines), 3, lines)
                 for line, suppressed in zip(lines, [None, "5", None]):
                     self.assertTrue(line.startswith(kind), line)
                     self.assertEqual(fields(line).get("suppressed"), suppressed, line)
 
-    def test_thread_that_cannot_be_started_costs_its_client_only(self):
-        target = self.listen()
-        for number, answer, end in [(0, "", None), (1, "05 00 05 01" + REFUSED, "no-thread")]:
-            errors = [None] * number + [RuntimeError("can't start new thread")]
-            with self.subTest(number), self.logged() as lines:
-                server = self.serve()
-                with failing(threading.Thread, "start", errors):
-                    client = self.client(server)
-                    with contextlib.suppress(OSError):  # the server may have hung up
-                        client.sendall(octets(TO) + port_of(target.getsockname()[1]))
-                        client.shutdown(socket.SHUT_WR)
-                    self.assertEqual(read_all(client)[0], octets(answer))
-                if end:
-                    self.assertEqual(self.session_line(lines)["end"], end)
-                    self.assertEqual(read_all(self.own(target.accept()[0]))[0], b"")
-                self.tunnel(server)
 
-
-class ServerTest(ServerTestCase):
-    def test_close_resets_relays_and_waits(self):
-        with self.logged() as lines:
-            server = self.serve()
-            client, target = self.tunnel(server)
-            self.stop(server)
-            self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
-            self.assertEqual(self.session_line(lines)["end"], "server-closed")
-
+class ServerTest(SweepTestCase):
     def test_close_resets_busy_relays(self):
-        def send(target):
-            with contextlib.suppress(OSError):
-                while True:
-                    target.sendall(bytes(MEBIBYTE))
-
-        def receive(client):
-            try:
-                while client.recv(MEBIBYTE):
-                    pass
-                ends.append("end")
-            except ConnectionResetError:
-                ends.append("reset")
-
         server, ends, threads = self.serve(), [], []
         for _ in range(10):
             client, target = self.tunnel(server)
-            threads += [self.thread(send, target), self.thread(receive, client)]
+            threads += [self.thread(flood, target), self.thread(
+                lambda client=client: ends.append(read_all(client)[1]))]
         self.stop(server)
         for thread in threads:
             thread.join(PATIENCE)
@@ -3085,14 +2807,13 @@ class ServerTest(ServerTestCase):
 
         for handler in (Before, socks5.Socks5RequestHandler):
             waiting.clear()
-            with self.subTest(handler.__name__), self.logged() as lines, mock.patch.object(
+            with self.subTest(handler.__name__), self.ending("server-closed"), mock.patch.object(
                     socket.socket, "connect", real if handler is Before else connect):
                 server = self.serve(handler, connect_timeout=float("inf"))
                 self.client(server).sendall(octets(TO) + port_of(port))
                 self.assertTrue(waiting.wait(PATIENCE))
-                with self.within(3):
+                with self.within(6):
                     self.stop(server)
-                self.assertEqual(self.session_line(lines)["end"], "server-closed")
 
     def test_close_in_every_phase(self):
         nowhere, target = (port_of(sockaddr[1]).hex() for sockaddr in (
@@ -3108,7 +2829,7 @@ class ServerTest(ServerTestCase):
                 ("relaying datagrams", "05 01 00 05 03 00 01 00 00 00 00 00 00", "05 00" + OPEN,
                  "server-closed")]:
             with self.subTest(name), mock.patch.object(socks5, "REFUSAL_TIMEOUT", PATIENCE), \
-                    self.logged() as lines:
+                    self.ending(end):
                 server = self.serve(handshake_timeout=PATIENCE, connect_timeout=PATIENCE)
                 client = self.client(server)
                 client.say(frame)
@@ -3116,9 +2837,8 @@ class ServerTest(ServerTestCase):
                 asked = len(octets(frame)) > 4
                 wait_until(lambda server=server, asked=asked: any(
                     (live["command"] != "-") == asked for live in self.report(server)[0]))
-                with self.within(3):
+                with self.within(6):
                     self.stop(server)
-                self.assertEqual(self.session_line(lines)["end"], end)
 
     def test_close_before_a_session_has_begun(self):
         begun, may_go_on = threading.Event(), threading.Event()
@@ -3136,7 +2856,7 @@ class ServerTest(ServerTestCase):
         closing = self.thread(server.server_close)
         wait_until(lambda: server.fileno() == -1)
         may_go_on.set()
-        with self.within(3):
+        with self.within(6):
             closing.join(PATIENCE)
         self.assertEqual(read_all(client)[0], b"")
 
@@ -3185,15 +2905,14 @@ class ServerTest(ServerTestCase):
 
         server, now, before = self.serve(), time.monotonic, time.monotonic()
         listener, client = self.listen(), self.client(server)
-        self.wait_for_sessions(server, 1)
+        wait_until(lambda: self.report(server)[0])
         begun = now()
         time.sleep(0.05)
         self.assertEqual(client.greet().ask(listener.getsockname()[1]), Reply.SUCCEEDED)
         target = self.own(listener.accept()[0])
         time.sleep(0.05)
         sent = now()
-        client.sendall(b"x")
-        self.assertEqual(read_count(target, 1), b"x")
+        self.check_one_way(client, target)
         wait_until(lambda: float(self.report(server)[0][0]["idle"]) <= now() - sent)
         seen = now()
         time.sleep(0.05)
@@ -3207,33 +2926,35 @@ class ServerTest(ServerTestCase):
 
     def test_drain(self):
         server = self.serve()
-        with self.within(3):
+        with self.within(6):
             server.drain(PATIENCE)  # nobody is there
         client, target = self.tunnel(server)
-        with self.within(3):
+        with self.within(6):
             server.drain(0)
             start = time.monotonic()
             server.drain(0.1)
             self.assertGreaterEqual(time.monotonic() - start, 0.09)
-        client.sendall(b"x")  # the session goes on
-        self.assertEqual(read_count(target, 1), b"x")
         server.shutdown()
         thread = self.thread(server.drain, PATIENCE)
-        client.close()
-        target.close()
-        with self.within(3):
+        self.check_relay(client, target)  # the session goes on
+        with self.ending("client-closed"):
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_all(target), (b"", "end"))
+            self.check_one_way(target, client)
+            target.close()
+        with self.within(6):
             thread.join(PATIENCE)
         self.assertEqual(self.report(server)[0], [])
 
-    def test_six_hundred_tunnels(self):
+    def test_three_hundred_tunnels(self):
         if resource:
             limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if 0 <= limits[1] < 4000:
+            if 0 <= limits[1] < 2000:
                 self.skipTest("too few descriptors")
             self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (4000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2000, limits[1]))
         server, listener, tunnels = self.serve(), self.listen(), []
-        for _ in range(600):
+        for _ in range(300):
             client = self.client(server).greet()
             self.assertEqual(client.ask(listener.getsockname()[1]), Reply.SUCCEEDED)
             tunnels.append((client, self.own(listener.accept()[0])))
@@ -3246,10 +2967,10 @@ class ServerTest(ServerTestCase):
             self.assertEqual(read_count(client, 4), b"pong")
             client.close()
 
-    def test_a_thousand_short_sessions(self):
+    def test_three_hundred_short_sessions(self):
         listener, server = self.listen(), self.serve()
         frame = octets(TO) + port_of(listener.getsockname()[1]) + b"ping"
-        for _ in range(1000):
+        for _ in range(300):
             with Client.to(server.server_address) as client:
                 client.sendall(frame)
                 client.shutdown(socket.SHUT_WR)
@@ -3260,11 +2981,11 @@ class ServerTest(ServerTestCase):
         server.shutdown()
         server.drain(PATIENCE)
         self.assertEqual(self.report(server), ([], {
-            "live": "0", "sessions": "1000", "up": "4000", "down": "4000",
-            "client-closed": "1000"}))
+            "live": "0", "sessions": "300", "up": "1200", "down": "1200",
+            "client-closed": "300"}))
 
 
-class FaultTest(ServerTestCase):
+class FaultTest(SweepTestCase):
     """Nothing that a session does, and no exception, ends the server, its sweep or its end."""
 
     def test_what_a_hook_does_wrong_costs_its_session_only(self):
@@ -3294,7 +3015,7 @@ class FaultTest(ServerTestCase):
                 wait_until(lambda lines=lines: any(
                     line.startswith("session failed ") for line in lines))
                 self.check_sweeping(server)
-                with self.within(3):
+                with self.within(6):
                     server.drain(PATIENCE)
                     self.stop(server)
                     thread.join(PATIENCE)
@@ -3319,7 +3040,7 @@ class FaultTest(ServerTestCase):
                 self.assertIn("MemoryError", "".join(lines))
             else:  # an aborted connection is its client's affair
                 self.assertEqual(bool(lines), error.errno != errno.ECONNABORTED)
-            with self.within(3):
+            with self.within(6):
                 self.stop(server)
 
     def test_no_exception_ends_the_sweeping_or_the_accepting(self):
@@ -3333,104 +3054,9 @@ class FaultTest(ServerTestCase):
                 self.check_error(socket.socket, "accept", OSError(number, ""))
 
 
-# A server whose first accept() and one of whose looks at the clock fail for want of memory.
-OUT_OF_MEMORY = """
-import os, socket, sys, time
-import socks5
-
-path, clock, real, failures = sys.argv[1], time.monotonic, socket.socket.accept, [1]
-
-def monotonic():
-    if os.path.getsize(path):
-        os.truncate(path, 0)
-        raise MemoryError
-    return clock()
-
-def accept(sock):
-    if failures:
-        failures.pop()
-        raise MemoryError
-    return real(sock)
-
-time.monotonic, socket.socket.accept, socks5.SWEEP_INTERVAL = monotonic, accept, 0.05
-sys.exit(socks5.main(sys.argv[2:]))
-"""
-
-
-class ServerCommandTest(CommandTestCase):
-    def wait_for_workers(self, process, count):
-        """Wait until `process` has so many children, each with its threads."""
-        listing = "/proc/%d/task/%d/children" % (process.pid, process.pid)
-
-        def ready():
-            with open(listing) as file:
-                workers = file.read().split()
-            return len(workers) == count and all(
-                len(os.listdir("/proc/%s/task" % worker)) > 1 for worker in workers)
-        wait_until(ready)
-
-    def kill_group(self, process):
-        """Kill `process` and its workers, if it has not ended."""
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-    @unittest.skipUnless(resource, "no limit on descriptors")
-    def test_session_has_two_descriptors_and_further_clients_wait(self):
-        frame = octets(TO) + port_of(self.echo())
-        process, port = self.serve_command("-q", descriptors=(38, 38))
-        clients = [self.client(port) for _ in range(20)]
-        for client in clients:
-            client.sendall(frame)
-        for number, client in enumerate(clients):
-            client.hear("05 00" + OPEN)
-            if number >= 8:  # so many at a time, at least; the others wait, in turn
-                clients[number - 8].close()
-        for client in clients:
-            client.close()
-        process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=PATIENCE)[1]
-        self.assertIn(" WARNING out of file descriptors, not accepting", err)
-
-    @unittest.skipUnless(sys.platform == "linux", "no /proc")
-    def test_clients_in_the_queue_are_served_when_a_signal_says_stop(self):
-        frame = octets(TO) + port_of(self.echo()) + b"ping"
-        for workers in (1, 2):
-            with self.subTest(workers=workers):
-                process, port = self.serve_command(
-                    "-q", "--drain", "10", "--workers", str(workers), start_new_session=True)
-                self.addCleanup(self.kill_group, process)
-                self.wait_for_workers(process, workers if workers > 1 else 0)
-                os.killpg(process.pid, signal.SIGSTOP)
-                clients = [self.client(port) for _ in range(40)]
-                for client in clients:
-                    client.sendall(frame)
-                process.send_signal(signal.SIGTERM)
-                os.killpg(process.pid, signal.SIGCONT)
-                with self.within(8):
-                    for client in clients:
-                        client.hear("05 00" + OPEN + "70 69 6e 67")
-                        client.close()
-                    self.assertEqual(process.wait(PATIENCE), 0)
-
-    def test_command_that_was_once_out_of_memory_goes_on(self):
-        path = self.file(b"")
-        process = self.start("-c", OUT_OF_MEMORY, path, "--handshake-timeout", "0.2", "0")
-        port = self.port(process)
-        with open(path, "wb") as file:
-            file.write(b"x")
-        wait_until(lambda: not os.path.getsize(path))
-        client = self.client(port)
-        client.settimeout(5)
-        client.greet()  # and silence
-        self.assertEqual(read_all(client), (b"", "end"))
-        process.send_signal(signal.SIGTERM)
-        self.assertIn("MemoryError", process.communicate(timeout=PATIENCE)[1])
-        self.assertEqual(process.returncode, 0)
-
-
 # ---- embedding ---------------------------------------------------------------------------
 
-class EmbeddingTest(ServerTestCase):
+class EmbeddingTest(SweepTestCase):
     def test_running_serves_in_a_thread_until_the_block_ends(self):
         for error in (None, ZeroDivisionError):
             threads, ended = threading.active_count(), contextlib.ExitStack()
@@ -3439,8 +3065,7 @@ class EmbeddingTest(ServerTestCase):
             with self.subTest(error=error), self.logged() as lines:
                 with ended, socks5.Socks5Server(("127.0.0.1", 0)).running() as server:
                     client, target = self.tunnel(server)
-                    client.sendall(b"x")
-                    self.assertEqual(read_count(target, 1), b"x")
+                    self.check_one_way(client, target)
                     if error:
                         raise error
                 self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
@@ -3449,7 +3074,7 @@ class EmbeddingTest(ServerTestCase):
                 with self.assertRaises(ConnectionRefusedError):
                     Client.to(server.server_address)
 
-    def test_running_stops_within_a_tenth_of_a_second(self):
+    def test_running_stops_at_once(self):
         times = []
         for _ in range(4):  # one of them is not disturbed by what else this host does
             with socks5.Socks5Server(("127.0.0.1", 0)).running() as server:
@@ -3457,7 +3082,7 @@ class EmbeddingTest(ServerTestCase):
                 self.tunnel(server)
                 start = time.monotonic()
             times.append(time.monotonic() - start)
-        self.assertLess(min(times), 0.1)
+        self.assertLess(min(times), 0.3)  # serve_forever() alone may wait for 0.5
 
     def test_clients_are_chosen_by_verify_request(self):
         class Server(socks5.Socks5Server):
@@ -3465,8 +3090,7 @@ class EmbeddingTest(ServerTestCase):
                 return client_address[0] == "127.0.0.2" and super().verify_request(
                     request, client_address)
 
-        with mock.patch.object(socks5, "Socks5Server", Server):
-            server = self.serve(max_sessions=1)
+        server = self.serve(kind=Server, max_sessions=1)
         self.assertFalse(self.is_served(server))
         self.client(server, "127.0.0.2").greet()
         self.assertFalse(self.is_served(server, "127.0.0.2"))
@@ -3535,20 +3159,6 @@ class EmbeddingTest(ServerTestCase):
         server.settings = socks5.Settings(rules=["deny *"])
         self.assertEqual(self.client(server).greet().ask(port), Reply.NOT_ALLOWED)
         self.assertEqual(old.ask(port), Reply.SUCCEEDED)
-
-    def test_sessions_may_end_after_shutdown(self):
-        with self.logged() as lines:
-            server = self.serve()
-            client, target = self.tunnel(server)
-            server.shutdown()
-            for sock, other in [(client, target), (target, client)]:
-                sock.sendall(b"x")
-                sock.shutdown(socket.SHUT_WR)
-                self.assertEqual(read_all(other), (b"x", "end"))
-            with self.within(3):
-                server.drain(PATIENCE)
-                server.server_close()
-            self.assertEqual(self.session_line(lines)["end"], "client-closed")
 
 
 # ---- doors: paths, systemd's sockets, balancers, sources ---------------------------------
@@ -3637,7 +3247,7 @@ for setup, arguments in eval(sys.argv[1]):
     child = os.fork()
     if not child:
         os.dup2(writing, 2)
-        threading.Timer(3, os._exit, [98]).start()  # it serves, against expectation
+        threading.Timer(20, os._exit, [98]).start()  # it serves, against expectation
         try:
             exec(setup)
             os._exit(socks5.main(arguments))
@@ -3651,11 +3261,6 @@ for setup, arguments in eval(sys.argv[1]):
     os.close(reading)
 print(answers)
 """
-
-
-def as_bytes(frame):
-    """Return a row of a table, bytes or hex, as bytes."""
-    return frame if isinstance(frame, bytes) else octets(frame)
 
 
 class DoorTestCase(CommandTestCase):
@@ -3688,10 +3293,7 @@ class DoorTestCase(CommandTestCase):
     def serve_path(self, **settings):
         """Return the path of a server that serves, for all accounts."""
         path = os.path.join(self.folder(), "socks5.sock")
-        server = socks5.Socks5Server(path, mode=0o666, **settings)
-        self.addCleanup(server.server_close)
-        self.thread(server.serve_forever, 0.02)
-        self.addCleanup(server.shutdown)
+        self.serve(address=path, mode=0o666, **settings)
         return path
 
     def check_errors(self, *rows):
@@ -3721,12 +3323,6 @@ class DoorTestCase(CommandTestCase):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         return self.start("socks5.py", *options, preexec_fn=prepare, close_fds=False)
 
-    def datagrams(self):
-        """Return a socket for datagrams, on loopback."""
-        sock = self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        sock.bind(("127.0.0.1", 0))
-        return sock
-
     def end(self, process):
         """End `process` with SIGTERM; return what it said on stderr."""
         process.terminate()
@@ -3737,8 +3333,7 @@ class DoorTestCase(CommandTestCase):
 
 
 @unittest.skipUnless(hasattr(socket, "SO_PEERCRED"), "the kernel does not name the peer")
-class PathTests(DoorTestCase):
-
+class PathTest(DoorTestCase):
     def test_a_client_is_its_login_name_unless_it_logs_in(self):
         port, data = self.echo(), b"x" * 100000
         for settings, greet, user in (
@@ -3783,12 +3378,6 @@ class PathTests(DoorTestCase):
                               for command in ("01", "02", "03")], replies)
 
     def test_mode_start_line_curl_and_end(self):
-        listener = self.listen()
-
-        def answer():
-            with listener.accept()[0] as sock:
-                sock.recv(1000)
-                sock.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello")
         for options, mode in ((), 0o600), (("--workers", "2", "--mode", "0660"), 0o660):
             path = os.path.join(self.folder(), "socks5.sock")
             process = self.start("socks5.py", "-b", path, *options)
@@ -3799,13 +3388,11 @@ class PathTests(DoorTestCase):
             self.assertTrue(stat.S_ISSOCK(status.st_mode))
             self.assertEqual(stat.S_IMODE(status.st_mode), mode)
             if shutil.which("curl"):  # before 7.84, it takes the path for a part of the name
-                thread = self.thread(answer)
                 curl = shlex.split(re.search(r"\((curl [^,]*),", line).group(1))
                 page = subprocess.run(
-                    curl + ["-sS", "http://127.0.0.1:%d/" % listener.getsockname()[1]],
+                    curl + ["-sS", "http://127.0.0.1:%d/" % self.web_server()],
                     stdout=subprocess.PIPE, timeout=PATIENCE)
-                self.assertEqual(page.stdout, b"hello")
-                thread.join()
+                self.assertEqual(page.stdout, b"page")
             self.assertIn("client=unix:" + ME, self.end(process))
             self.assertFalse(os.path.exists(path))
 
@@ -3859,8 +3446,7 @@ class PathTests(DoorTestCase):
 
 
 @LINUX_ONLY
-class SystemdTests(DoorTestCase):
-
+class SystemdTest(DoorTestCase):
     def test_it_serves_on_each_family_and_speaks_to_systemd(self):
         path, port, started = self.own(socket.socket(socket.AF_UNIX)), self.echo(), []
         path.bind(os.path.join(self.folder(), "inherited"))
@@ -3993,12 +3579,11 @@ class SystemdTests(DoorTestCase):
 
 
 @LINUX_ONLY
-class BalancerTests(DoorTestCase):
-
+class BalancerTest(DoorTestCase):
     def behind(self, server, header):
         """Return a client whose connection begins with `header`."""
         client = self.client(server)
-        client.sendall(as_bytes(header))
+        client.sendall(header if isinstance(header, bytes) else octets(header))
         return client
 
     def header_for(self, host, port=40400):
@@ -4012,11 +3597,9 @@ class BalancerTests(DoorTestCase):
         return [fields(line) for line in lines if line.startswith("session ")]
 
     def test_each_header_names_the_client_and_no_remote_one_is_local(self):
-        for step in 5000, 1:
-            for header, name in HEADERS:
-                data = octets(header + "05 01 00 05 01 00 01 7f 00 00 01 00 09")
-                if step == 1 and len(data) > 1000:
-                    continue
+        for header, name in HEADERS:
+            data = octets(header + "05 01 00 05 01 00 01 7f 00 00 01 00 09")
+            for step in 5000, 1 if len(data) < 100 else 40:
                 with self.subTest(header=header[:80], step=step), self.logged() as lines:
                     server = self.serve(proxy_from=["127.0.0.1"])
                     client = self.client(server)
@@ -4045,14 +3628,15 @@ class BalancerTests(DoorTestCase):
         with self.logged() as lines:
             server = self.serve(proxy_from=["127.0.0.1"])
             for header in NO_HEADERS:
-                with self.subTest(header), self.within(5):
+                with self.subTest(header), self.within(6):
                     self.assertEqual(read_all(self.behind(server, header))[0], b"")
             ends = [line["end"] for line in self.lines_of(server, lines)]
         self.assertEqual(ends, ["not-proxy"] * len(NO_HEADERS))
         self.assertEqual(len(lines), len(NO_HEADERS))
 
     def test_the_handshake_has_one_deadline(self):
-        with self.logged() as lines, self.within(5):
+        with self.logged() as lines, self.within(6), mock.patch.object(
+                socks5, "SWEEP_INTERVAL", 0.02):
             server = self.serve(proxy_from=["127.0.0.1"], handshake_timeout=0.1)
             clients = [self.behind(server, header)
                        for header in (octets(LINE)[:20], octets(BLOCK)[:20], BLOCK)]
@@ -4115,9 +3699,7 @@ class BalancerTests(DoorTestCase):
                 proxy_from=["127.0.0.0/8"]).running() as server:
             client = self.behind(server, LINE).log_in()
             self.assertEqual(client.ask(9), Reply.NOT_ALLOWED)
-            client = self.behind(server, self.header_for("192.0.2.7"))
-            client.say("05 01 02 01 01 61 01 62")
-            client.hear("05 02 01 01")
+            self.behind(server, self.header_for("192.0.2.7")).log_in("a", "b", "01")
         self.assertEqual(asked, [("192.0.2.1", 40400)] * 2 + [("192.0.2.7", 40400)])
         self.assertIn("login failed client=192.0.2.7:40400 user=a", lines)
 
@@ -4152,17 +3734,13 @@ class BalancerTests(DoorTestCase):
     def test_two_instances_behind_haproxy(self):
         served, door, port = [], self.listen(), self.echo()
 
-        class Handler(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                served.append(self.server)
-                return True
-
         def visit():
             client = self.client(door.getsockname()[1], "127.0.0.2").greet()
             self.assertEqual(client.ask(port), Reply.SUCCEEDED)
             client.close()
 
-        servers = [self.serve(Handler, proxy_from=["127.0.0.1"], clients=["127.0.0.2"])
+        handler = hooked(authorize=lambda handler, _: not served.append(handler.server))
+        servers = [self.serve(handler, proxy_from=["127.0.0.1"], clients=["127.0.0.2"])
                    for _ in range(2)]
         path = self.file((HAPROXY % (door.fileno(), servers[0].server_address[1],
                                      servers[1].server_address[1])).encode())
@@ -4192,8 +3770,7 @@ class BalancerTests(DoorTestCase):
 
 
 @LINUX_ONLY
-class SourceTests(DoorTestCase):
-
+class SourceTest(DoorTestCase):
     def test_targets_see_the_source(self):
         ports, connect = [], socket.socket.connect
 
@@ -4242,9 +3819,7 @@ class SourceTests(DoorTestCase):
             first, second = (self.client(server).log_in() for _ in range(2))
             self.assertEqual(first.ask(port), Reply.SUCCEEDED)  # one that only logs in is none
             self.assertEqual(second.ask(port), Reply.NOT_ALLOWED)
-            other = self.client(server)
-            other.say("05 01 02 01 04 62 c3 bc 62 03 e2 82 ac")
-            other.hear("05 02 01 00")
+            other = self.client(server).log_in("b\u00fcb", "\u20ac")
             self.assertEqual(other.ask(port), Reply.SUCCEEDED)
             first.close()
             wait_until(lambda: any("end=client-closed" in line for line in lines))
@@ -4278,7 +3853,7 @@ class SourceTests(DoorTestCase):
         self.assertIn("client=192.0.2.1:40400", process.communicate(timeout=PATIENCE)[1])
 
 
-# ---- the command -------------------------------------------------------------------------
+# ---- command line ------------------------------------------------------------------------
 
 SEES_WORKERS = hasattr(os, "fork") and os.path.exists(
     "/proc/self/task/%d/children" % os.getpid())
@@ -4310,8 +3885,7 @@ class Service:
 
     def workers(self):
         """Return the child processes."""
-        with open("/proc/%d/task/%d/children" % (self.process.pid, self.process.pid)) as file:
-            return [int(child) for child in file.read().split()]
+        return children(self.process.pid)
 
     def everybody(self):
         """Return the process IDs of the first process and its workers."""
@@ -4417,17 +3991,6 @@ class ServiceTestCase(CommandTestCase):
             wait_until(lambda: len(service.workers()) == 2)
         return service
 
-    def write(self, path, content):
-        """Give a file new content."""
-        with open(path, "wb") as file:
-            file.write(content)
-
-    def check_relay(self, client, target):
-        """Check that bytes go both ways."""
-        for source, sink in ((client, target), (target, client)):
-            source.sendall(b"ping")
-            self.assertEqual(read_count(sink, 4), b"ping")
-
     def be_refused(self, port):
         """Have a session that leaves one line in the log."""
         with Client.to(("127.0.0.1", port)) as client:
@@ -4487,7 +4050,7 @@ class CommandLineTest(ServiceTestCase):
                     re.escape(ascii(address)[1:-1]), port))
 
     def test_open_proxy_is_refused(self):
-        for address in ("0.0.0.0", "::", "192.0.2.1", "localhost.example", ""):
+        for address in ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "my.localhost", ""):
             with self.subTest(address):
                 self.assertEqual(
                     self.check_usage_error("-b", address, "0"), "refusing to listen on %s without "
@@ -4645,14 +4208,15 @@ class CommandLineTest(ServiceTestCase):
     @unittest.skipUnless(os.path.isdir("/proc/self"), "no /proc to read a process's time from")
     def test_descriptors_exhausted_and_recovered(self):
         service = self.service("-q", "--handshake-timeout", str(2 * PATIENCE),
-                               descriptors=(32, 32))
-        clients = [self.client(service.port) for _ in range(60)]
+                               descriptors=(38, 38))
+        tunnels = [self.tunnel(service.port) for _ in range(9)]  # each takes no more than two
+        clients = [self.client(service.port) for _ in range(40)]
         service.wait_for("WARNING out of file descriptors, not accepting")
         before = self.cpu_seconds(service.process)
-        time.sleep(0.5)  # this is the time that is measured
+        time.sleep(0.3)  # this is the time that is measured
         self.assertLess(self.cpu_seconds(service.process) - before, 0.05)
         queued = clients.pop()
-        for client in clients:
+        for client in (*clients, *sum(tunnels, ())):
             client.close()
         queued.greet()
         self.client(service.port).greet()
@@ -4666,13 +4230,11 @@ class CommandLineTest(ServiceTestCase):
 
 # ---- workers -----------------------------------------------------------------------------
 
-
 @unittest.skipUnless(SEES_WORKERS, "no fork, or no /proc to see workers in")
 class WorkersTest(ServiceTestCase):
     def start_workers(self, *options, **settings):
         """Return a server with two workers that both run, and the workers."""
         service = self.service("-q", *options, workers=2, **settings)
-        wait_until(lambda: len(service.workers()) == 2)
         return service, service.workers()
 
     def replaced(self, service, workers):
@@ -4692,16 +4254,20 @@ class WorkersTest(ServiceTestCase):
                         return worker
         raise AssertionError("no worker has it")
 
-    def test_clients_in_the_queue_of_workers_that_die_are_served(self):
+    def test_workers_that_die(self):
         service, workers = self.start_workers()
+        client, target = self.tunnel(service.port)
+        target.sendall(b"half of a file")
+        self.assertEqual(read_count(client, 14), b"half of a file")
         self.suspend(workers)
         queued = [self.client(service.port) for _ in range(20)]
-        for client in queued:
-            client.say("05 01 00")
+        for each in queued:
+            each.say("05 01 00")
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
-        for client in queued:
-            client.hear("05 00")
+        self.assertEqual([read_all(client), read_all(target)], [(b"", "reset")] * 2)
+        for each in queued:
+            each.hear("05 00")
         for worker in workers:
             service.wait_for("WARNING worker %d died, restarting in " % worker)
         wait_until(lambda: self.replaced(service, workers))
@@ -4715,8 +4281,7 @@ class WorkersTest(ServiceTestCase):
                 try:
                     with Client.to(("127.0.0.1", service.port)) as client:
                         self.assertEqual(client.greet().ask(echo), Reply.SUCCEEDED)
-                        client.sendall(b"ping")
-                        self.assertEqual(read_count(client, 4), b"ping")
+                        self.check_one_way(client, client)
                 except (OSError, AssertionError):
                     failed.append(1)  # the dead worker served it
 
@@ -4745,11 +4310,11 @@ class WorkersTest(ServiceTestCase):
         self.assertEqual(service.end(signal.SIGTERM), 0)
 
     def test_drain_of_a_worker_alone_is_bounded(self):
-        service, workers = self.start_workers("--drain", "0.3")
+        service, workers = self.start_workers("--drain", "0.1")
         client, target = self.tunnel(service.port)
         for worker in workers:
             os.kill(worker, signal.SIGTERM)
-        with self.within(5):
+        with self.within(6):
             self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
             wait_until(lambda: self.replaced(service, workers))
         self.client(service.port).greet()
@@ -4761,7 +4326,7 @@ class WorkersTest(ServiceTestCase):
                 client, target = self.tunnel(service.port)
                 for worker in workers * to_all:  # a terminal sends it to all of them
                     os.kill(worker, *numbers)
-                with self.within(5):
+                with self.within(6):
                     self.assertEqual(service.end(*numbers), 0)
                 self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
                 self.assertEqual(service.text().count("Shutting down."), 1)
@@ -4819,11 +4384,11 @@ class WorkersTest(ServiceTestCase):
             return re.search(r"restarting in (.+)$", line).group(1)
 
         # they die young, so each pause is longer than the last one
-        self.assertEqual([pause_after_death() for _ in range(3)], ["0.1 s", "0.2 s", "0.4 s"])
+        self.assertEqual([pause_after_death() for _ in range(2)], ["0.1 s", "0.2 s"])
         start = time.monotonic()
         with self.within(10):
-            self.assertEqual(pause_after_death(), "0.8 s")
-        self.assertGreater(time.monotonic() - start, 0.7)
+            self.assertEqual(pause_after_death(), "0.4 s")
+        self.assertGreater(time.monotonic() - start, 0.35)
         self.write(later, b"1")  # a minute passes for the server
         self.assertEqual(pause_after_death(), "0.1 s")
 
@@ -4836,7 +4401,7 @@ class WorkersTest(ServiceTestCase):
             "        raise BlockingIOError(errno.EAGAIN, 'full')\n"
             "    return real()\n"
             "os.fork = fork\n"
-            "socks5.LONGEST_PAUSE = 1\n"))
+            "socks5.LONGEST_PAUSE = 0.2\n"))
         self.assertRegex(service.wait_for("WARNING"), " cannot start a worker: full$")
         self.client(service.port).greet()
 
@@ -4864,11 +4429,19 @@ class WorkersTest(ServiceTestCase):
 # ---- signals -----------------------------------------------------------------------------
 
 class SignalsTest(ServiceTestCase):
-
     @in_each_mode
-    def test_sessions_may_end_by_themselves(self, workers):
-        service = self.service("-q", "--drain", str(2 * PATIENCE), workers=workers)
+    def test_sessions_may_end_by_themselves_and_stopping_needs_no_thread(self, workers):
+        full = self.file(b"")
+        service = self.service("-q", "--drain", str(2 * PATIENCE), workers=workers, before=(
+            "import os, threading\n"
+            "def start(thread, real=threading.Thread.start):\n"
+            "    if os.path.getsize(%r):\n"
+            "        raise RuntimeError(\"can't start new thread\")\n"
+            "    real(thread)\n"
+            "threading.Thread.start = start\n") % full)
         client, target = self.tunnel(service.port)
+        self.check_relay(client, target)  # both of its threads run
+        self.write(full, b"1")
         os.kill(service.process.pid, [signal.SIGTERM, signal.SIGINT][service.count - 1])
         service.wait_for("Shutting down.")
         wait_until(lambda: self.refuses(service.port))
@@ -4878,9 +4451,11 @@ class SignalsTest(ServiceTestCase):
         target.sendall(b"late")
         target.close()
         self.assertEqual(read_all(client), (b"late", "end"))
-        with self.within(5):
+        with self.within(6):
             self.assertEqual(service.end(), 0)
-        self.assertEqual(service.text().count("\n"), 2)
+        said = [line for line in service.text().splitlines()
+                if "NoThreadError" not in line]  # of a worker that had not started all of its own
+        self.assertEqual(len(said), 2, said)
 
     @in_each_mode
     def test_second_signal_ends_at_once(self, workers):
@@ -4898,13 +4473,13 @@ class SignalsTest(ServiceTestCase):
 
     @in_each_mode
     def test_drain_is_bounded(self, workers):
-        service = self.service("-q", "--drain", "0.4", workers=workers)
+        service = self.service("-q", "--drain", "0.2", workers=workers)
         client, target = self.tunnel(service.port)
         start = time.monotonic()
-        with self.within(0.4 + 2 + 2):  # the last two are for a busy machine
+        with self.within(0.2 + 2 + 2):  # the last two are for a busy machine
             service.process.terminate()
             self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
-            self.assertGreaterEqual(time.monotonic() - start, 0.4)
+            self.assertGreaterEqual(time.monotonic() - start, 0.2)
             self.assertEqual(service.end(), 0)
 
     @in_each_mode
@@ -4955,7 +4530,8 @@ class SignalsTest(ServiceTestCase):
 
     def test_reload_after_a_user_in_a_rule_is_removed(self):
         users = self.file(b"alice:one\nbob:one")
-        service = self.service("-q", "--users", users, "--deny", "bob@10.0.0.0/8", "--deny", "*")
+        service = self.service("-q", "--users", users, "--deny", "bob@10.0.0.0/8", "--deny", "*",
+                               before="import socks5\nsocks5.LOGIN_PAUSE = 0")
         self.assertEqual(self.answers(service, "bob", "one"), {self.denied})
         self.write(users, b"alice:one")
         self.assertIn(" WARNING ", self.reload(service, "no such user"))
@@ -4994,24 +4570,19 @@ class SignalsTest(ServiceTestCase):
             return read_all(client)[0][:6]
 
     @in_each_mode
-    def test_reload_in_mid_traffic(self, workers):
+    def test_report_and_reload_in_mid_traffic(self, workers):
         options = self.file(b"")
         service = self.service("-q", "@" + options, workers=workers)
         client, target = self.tunnel(service.port)
+        lines = self.reports(service)
+        self.assertEqual(lines.count("NOTICE live client=%s:%d " % client.getsockname()), 1)
+        self.assertEqual(lines.count(" live=1"), 1)
+        self.assertEqual(lines.count(" live=0"), service.count - 1)
         self.write(options, b"--deny 127.0.0.1")
         self.reload(service, "NOTICE settings reloaded")
         self.assertEqual({self.client(service.port).greet().ask(1)
                           for _ in range(3 * service.count)}, {Reply.NOT_ALLOWED})
         self.check_relay(client, target)
-
-    @in_each_mode
-    def test_report(self, workers):
-        service = self.service("-q", workers=workers)
-        client, _ = self.tunnel(service.port)
-        lines = self.reports(service)
-        self.assertEqual(lines.count("NOTICE live client=%s:%d " % client.getsockname()), 1)
-        self.assertEqual(lines.count(" live=1"), 1)
-        self.assertEqual(lines.count(" live=0"), service.count - 1)
 
     @in_each_mode
     def test_signals_that_do_nothing(self, workers):
@@ -5067,28 +4638,6 @@ class SignalsTest(ServiceTestCase):
         os.close(ours)
         self.assertEqual(service.end(), 0)
 
-    @in_each_mode
-    def test_stop_without_a_thread_to_be_had(self, workers):
-        full = self.file(b"")
-        service = self.service("-q", "--drain", str(2 * PATIENCE), workers=workers, before=(
-            "import os, threading\n"
-            "def start(thread, real=threading.Thread.start):\n"
-            "    if os.path.getsize(%r):\n"
-            "        raise RuntimeError(\"can't start new thread\")\n"
-            "    real(thread)\n"
-            "threading.Thread.start = start\n") % full)
-        client, target = self.tunnel(service.port)
-        self.check_relay(client, target)  # both of its threads run
-        self.write(full, b"1")
-        service.process.terminate()
-        service.wait_for("Shutting down.")
-        wait_until(lambda: self.refuses(service.port))
-        self.check_relay(client, target)
-        client.close()
-        target.close()
-        self.assertEqual(service.end(), 0)
-        self.assertNotIn("Traceback", service.text())
-
     @unittest.skipUnless(hasattr(os, "sched_setaffinity"), "no choice of CPUs here")
     def test_choice_of_cpu_that_is_refused(self):
         service = self.service("-q", before=(
@@ -5102,7 +4651,7 @@ class SignalsTest(ServiceTestCase):
         self.assertEqual(read_all(target), (content, "end"))
 
     def test_log_that_nobody_reads(self):
-        for workers, drain, count in ((1, 0.3, 1), (2, 0.3, 1), (1, 60, 2), (2, 60, 2)):
+        for workers, drain, count in ((1, 0.1, 1), (2, 0.1, 1), (1, 60, 2), (2, 60, 2)):
             with self.subTest(workers=workers, signals=count):
                 self.check_full_log(workers, drain, count)
 
@@ -5121,13 +4670,13 @@ class SignalsTest(ServiceTestCase):
             self.check_dropped(ours, port, sessions=20)
             self.fill(theirs)
         client, target = self.tunnel(port)
-        with self.within(drain % 60 + 2 + 1):
+        with self.within(drain % 60 + 2 + 4):
             service.process.terminate()
             if count > 1:
                 wait_until(lambda: self.refuses(port))
                 self.check_relay(client, target)
                 service.process.terminate()
-            self.assertEqual(service.process.wait(5), 0)
+            self.assertEqual(service.process.wait(PATIENCE), 0)
         self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
 
     def fill(self, pipe):
@@ -5255,7 +4804,7 @@ class SessionCounter(logging.Handler):
 class FuzzTest(TestCase):
     """Conversations of all kinds; $FUZZ is how many, $SEED repeats those of another run."""
 
-    count = int(os.environ.get("FUZZ") or 10000)
+    count = int(os.environ.get("FUZZ") or 5000)
     clients = 12
     staying = 10  # clients that a thread leaves open until they are hung up on
 
@@ -5266,19 +4815,15 @@ class FuzzTest(TestCase):
         self.port = self.echo()
         self.begun = []  # the client's address and the number of each conversation
         self.failures = []
-        patch = mock.patch.multiple(
-            socks5, LOGIN_PAUSE=0.001, REFUSAL_TIMEOUT=0.2, SWEEP_INTERVAL=0.05)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.patch(mock.patch.multiple(
+            socks5, LOGIN_PAUSE=0.001, REFUSAL_TIMEOUT=0.2, SWEEP_INTERVAL=0.05))
         self.log = SessionCounter()
         logger = logging.getLogger("socks5")
         self.addCleanup(logger.setLevel, logger.level)
         self.addCleanup(logger.removeHandler, self.log)
         logger.addHandler(self.log)
         logger.setLevel(logging.DEBUG)  # which brings the tracebacks
-        names = resolver(self.dead(), ("127.0.0.1", self.port))
-        names.start()
-        self.addCleanup(names.stop)
+        self.patch(resolver(self.dead(), ("127.0.0.1", self.port)))
 
     def stay_on_one_cpu(self):
         """Stay there until the end: to wake each other elsewhere takes half of the time."""
@@ -5427,7 +4972,7 @@ class FuzzTest(TestCase):
 class FloodTest(ServiceTestCase):
     silent = 3000
     needed = 8000  # descriptors of the server, which keeps two for each session
-    patience = 2  # seconds of the server
+    patience = 1.5  # seconds of the server
 
     def take_descriptors(self):
         """Have as many descriptors as the flood needs, until the end of the test."""
@@ -5446,20 +4991,14 @@ class FloodTest(ServiceTestCase):
             return False
         return True
 
-    def check_tunnel(self, port, echo):
-        """Check that a client is served."""
-        with Client.to(("127.0.0.1", port)) as client:
-            self.assertEqual(client.greet().ask(echo), Reply.SUCCEEDED)
-            client.sendall(b"ping")
-            self.assertEqual(read_count(client, 4), b"ping")
-
     def test_three_thousand_silent_clients(self):
         self.take_descriptors()
         service, echo = self.service("--handshake-timeout", str(self.patience)), self.echo()
         flood, start, port = [], time.monotonic(), service.port
         while len(flood) < self.silent:
             flood += [self.client(port) for _ in range(500)]
-            self.check_tunnel(port, echo)  # the last in the queue: it is empty then
+            with self.client(port).greet() as client:  # the last in the queue: it is empty then
+                self.check_echo(client, echo)
         heard = [sock for sock in flood if self.has_heard(sock)]
         if time.monotonic() - start < self.patience:
             self.assertEqual(heard, [])
@@ -5471,299 +5010,10 @@ class FloodTest(ServiceTestCase):
         self.assertEqual(len(ends), self.silent + len(range(0, self.silent, 500)))
 
 
-# ---- README ------------------------------------------------------------------------------
-
-RFC_REPLIES = [
-    "succeeded", "general SOCKS server failure", "connection not allowed by ruleset",
-    "Network unreachable", "Host unreachable", "Connection refused", "TTL expired",
-    "Command not supported", "Address type not supported"]
-
-
-def readme(section=""):
-    """Return the text of README.md, or of the section with this title."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        text = file.read()
-    return re.search(r"(?ms)^## %s\n(.+?)(?=^## |\Z)" % section, text).group(1) if section else text
-
-
-def blocks(kind):
-    """Return what stands between ``` and ```."""
-    return re.findall(r"^```%s\n(.+?)^```" % kind, readme(), re.MULTILINE | re.DOTALL)
-
-
-class ReadmeTest(ServiceTestCase):
-    def rows(self):
-        """Return the first and the last cell of each row about an option, by its long name."""
-        found = {}
-        for row in re.findall(r"^\| (`.*--.+) \|$", readme("Options"), re.MULTILINE):
-            cells = re.split(r"(?<!\\) \| ?", row)
-            found[re.search(r"--[\w-]+", cells[0]).group()] = cells[0], cells[-1].strip("` |")
-        return found
-
-    def test_options_are_those_of_the_command(self):
-        rows = self.rows()
-        actions = {action.option_strings[-1]: action for action in self.parser()._actions
-                   if action.option_strings and action.help != argparse.SUPPRESS}
-        self.assertEqual(set(rows), set(actions))
-        for name, action in actions.items():
-            described = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows[name][0])
-            self.assertEqual(set(described), set(action.option_strings))
-            if action.metavar:
-                self.assertIn(action.metavar, rows[name][0])
-        self.assertTrue(re.search(r"(?m)^\| `port` \|.* `?1080`? \|$", readme("Options")))
-        self.assertEqual((socks5.HOST, socks5.PORT), ("127.0.0.1", 1080))
-
-    def test_defaults_are_those_of_the_command(self):
-        parser, rows = self.parser(), self.rows()
-        for action in parser._actions:
-            default = parser.get_default(action.dest)
-            if action.option_strings and action.nargs is None and default not in (None, [], ()):
-                with self.subTest(action.dest):
-                    said = rows[action.option_strings[-1]][1]
-                    if action.dest == "udp_ports":
-                        self.assertEqual((list(default), said), ([0], "any that is free"))
-                    elif action.dest == "mode":
-                        self.assertEqual(said, "0%o" % default)
-                    elif isinstance(default, (tuple, list)):
-                        self.assertEqual(said, ",".join(default))
-                    else:
-                        self.assertEqual(
-                            said, default if isinstance(default, str) else "%g" % default)
-
-    def test_defaults_are_those_of_settings(self):
-        rows, defaults = self.rows(), socks5.Settings.__init__.__kwdefaults__
-        for name, default in defaults.items():
-            if isinstance(default, float):
-                self.assertEqual(float(rows["--" + name.replace("_", "-")][1]), default)
-            self.assertRegex(readme("Embedding"), r"\b%s\b" % name)
-        said = re.findall(r"\b(\w+)=([\d.]+|None)\b", readme("Embedding"))
-        self.assertEqual([(name, value) for name, value in said if name in defaults
-                          and value not in (repr(defaults[name]), "%g" % (defaults[name] or 0))],
-                         [])
-
-    def test_usage(self):
-        if "socks5.py [-h]" not in readme():
-            self.skipTest("README has no usage")
-        with mock.patch.dict(os.environ, COLUMNS="80"):
-            usage = self.parser().format_usage()
-        usage = " ".join(usage.replace("usage: ", "").split())
-        self.assertTrue(usage in " ".join(readme().split()), usage)
-
-    def test_hooks_exist(self):
-        hooks = {"select_method", "authenticate", "authorize", "connect", "do_CONNECT", "do_BIND",
-                 "do_UDP_ASSOCIATE", "log_message", "verify_request"}
-        named = set(re.findall(r"^\| `(\w+)\(", readme("Embedding"), re.MULTILINE))
-        self.assertLessEqual(hooks, named)
-        for name in named:
-            self.assertTrue(hasattr(socks5.Socks5RequestHandler, name)
-                            or hasattr(socks5.Socks5Server, name), name)
-
-    def test_replies_are_named(self):
-        self.assertEqual(
-            re.findall(r"^\| `?(\d)`? (?:\| )?(.+?) \|", readme("Replies"), re.MULTILINE),
-            [(str(code), phrase) for code, phrase in enumerate(RFC_REPLIES)])
-        self.assertEqual([int(reply) for reply in Reply], list(range(9)))
-
-    def test_ends_are_named(self):
-        table = readme("The log").partition("| `end=` |")[2].partition("\n\n")[0]
-        named = [end.strip(" `") for row in re.findall(r"^\| (.+?) \| \S", table, re.MULTILINE)
-                 for end in row.split(",")]
-        self.assertEqual(sorted(named), sorted(socks5.ENDS))
-        self.assertTrue(all(socks5.ENDS.values()))
-
-    def test_examples_of_rules_are_accepted(self):
-        users = self.file(b"alice:secret\nbob:secret")
-        examples = [example for example in re.findall(r"`(-[^`\n]+)`", readme("Who may go where"))
-                    if re.search(r"--(allow|deny|client) [^\[\s]*\d|--allow alice", example)]
-        self.assertGreaterEqual(len(examples), 5)
-        for example in examples:
-            with self.subTest(example):
-                settings = self.settings_of(*example.replace("FILE", users).split())
-                self.assertTrue(settings["rules"] or settings["clients"])
-
-    def test_files_of_options_are_accepted(self):
-        files = [block for block in blocks(r"\w*") if re.search(r"(?m)^--[a-z]+ \S", block)
-                 and not re.search(r"(?m)^\w", block)]
-        self.assertTrue(files)
-        users = self.file(b"alice:secret")
-        for content in files:
-            content = re.sub(r"(?m)^(--users) \S+", r"\1 " + users, content)
-            self.settings_of("@" + self.file(content.encode()))
-
-    def test_fail2ban_filter(self):
-        (pattern_,) = re.findall(r"^failregex = (.+)$", readme(), re.MULTILINE)
-        pattern_ = pattern_.replace("<HOST>", r"(?P<host>[\w.:]+?)")
-        service = self.service("-q", "-b", "::" if has_ipv6() else "0.0.0.0",
-                               "--users", self.file(b"alice:secret"))
-        for host in ("127.0.0.1", "::1")[:1 + has_ipv6()]:
-            client = self.own(Client.to((host, service.port)))
-            client.sendall(octets("05 01 02 01 17") + b"user=x client=6.6.6.6:1" + b"\1x")
-            address = "client=%s" % ("[::1]" if ":" in host else host)
-            line = service.wait_for("login failed " + address)
-            self.assertEqual(re.search(pattern_, line).group("host"), host)
-            with_no_date = line[line.index(" WARNING"):]
-            self.assertEqual(re.search(pattern_, with_no_date).group("host"), host)
-
-    def test_embedding_examples(self):
-        here, real, replies = threading.current_thread(), socks5.Socks5Server.serve_forever, []
-
-        def serve_once(server, *args, **kwargs):
-            if threading.current_thread() is not here:
-                return real(server, *args, **kwargs)
-            self.thread(real, server, 0.02)
-            replies.append(self.client(server).greet().ask(22))
-            server.shutdown()
-            return None
-
-        names = {"__name__": "example"}
-        with mock.patch.object(socks5.Socks5Server, "serve_forever", serve_once):
-            for block in blocks("python"):
-                exec(block.replace("1080", "0"), names)
-        self.assertEqual(set(replies), {Reply.NOT_ALLOWED})  # for OnlyWeb
-
-    @unittest.skipUnless(socks5.__doc__, "no docstrings with -OO")
-    def test_docstring_example_is_the_same(self):
-        example = re.search(r"^    class .+?serve_forever\(\)$", socks5.__doc__,
-                            re.MULTILINE | re.DOTALL).group()
-        self.assertIn(re.sub("^    ", "", example, flags=re.MULTILINE), readme())
-
-    @unittest.skipUnless(shutil.which("nc") and shutil.which("curl"), "no nc or no curl here")
-    def test_first_commands(self):
-        ports = {}
-        block = next(block for block in blocks("sh") if "nc -N" in block)
-        for command, output in re.findall(r"^(\w.+?)(?: +#.*)?\n# (.+\n)", block, re.MULTILINE):
-            for known, actual in ports.items():
-                command, output = command.replace(known, actual), output.replace(known, actual)
-            if " port " not in output:  # it is a client
-                said = subprocess.check_output(command, shell=True, timeout=PATIENCE,
-                                               universal_newlines=True)
-                self.assertEqual(said.rstrip(), output.rstrip())
-                continue
-            words = [word for word in command.split()[1:] if not word.isdigit()]
-            line = self.start("-u", *words, "0").stdout.readline()
-            known, actual = (re.search(r" port (\d+) ", text).group(1) for text in (output, line))
-            ports[known] = actual
-            self.assertEqual(line.replace(actual, known), output)
-        self.assertGreaterEqual(len(ports), 2)
-
-
-# ---- clients of others -------------------------------------------------------------------
-
-class ClientsTest(TestCase):
-    def run_client(self, *command, **settings):
-        """Return what `command`, with the port of a server for {}, prints."""
-        port = self.serve(**settings).server_address[1]
-        return subprocess.check_output([word.format(port) for word in command],
-                                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       timeout=PATIENCE)
-
-    def web_server(self):
-        """Return the port of a page that says "page"."""
-        listener = self.listen()
-
-        def answer():
-            with listener.accept()[0] as sock:
-                while b"\r\n\r\n" not in sock.recv(65536):
-                    pass
-                sock.sendall(b"HTTP/1.0 200 OK\r\n\r\npage")
-
-        self.thread(answer)
-        return listener.getsockname()[1]
-
-    @unittest.skipUnless(shutil.which("curl"), "no curl here")
-    def test_curl(self):
-        for proxy, host, users in [
-                ("socks5://127.0.0.1:{}", "127.0.0.1", None),
-                ("socks5h://127.0.0.1:{}", "localhost", None),
-                ("socks5h://alice:secret@127.0.0.1:{}", "localhost", USERS)]:
-            url = "http://%s:%d/" % (host, self.web_server())
-            self.assertEqual(self.run_client("curl", "-s", "-x", proxy, url, users=users), b"page")
-
-    @unittest.skipUnless(shutil.which("nc"), "no nc here")
-    def test_nc(self):
-        said = self.run_client(
-            "sh", "-c", "printf hello | nc -N -X 5 -x 127.0.0.1:{} 127.0.0.1 %d" % self.echo())
-        self.assertEqual(said, b"hello")
-
-    @unittest.skipUnless(shutil.which("ssh") and shutil.which("nc"), "no ssh or no nc here")
-    def test_ssh_by_proxy_command(self):
-        listener, banners = self.listen(), []
-
-        def answer():
-            with listener.accept()[0] as sock:
-                sock.sendall(b"SSH-2.0-nobody\r\n")
-                banners.append(sock.recv(8))
-
-        thread = self.thread(answer)
-        with self.assertRaises(subprocess.CalledProcessError):  # that was not an ssh server
-            self.run_client("ssh", "-F", "none", "-o", "BatchMode=yes", "-o",
-                            "ProxyCommand=nc -X 5 -x 127.0.0.1:{} %h %p",
-                            "-p", str(listener.getsockname()[1]), "127.0.0.1", "true")
-        thread.join(PATIENCE)
-        self.assertEqual(banners, [b"SSH-2.0-"])
-
-    def socksify(self, script, server):
-        """Return what `script` prints where socks.conf is README's and names `server`."""
-        config = re.search(r"(?ms)^route \{.+?^\}\n", readme()).group().replace(
-            "1080", str(server.server_address[1]))
-        with tempfile.TemporaryDirectory() as folder:
-            with open(os.path.join(folder, "socks.conf"), "w") as file:
-                file.write(config)
-            return subprocess.check_output(
-                ["sh", "-c", script], cwd=folder, stderr=subprocess.DEVNULL, timeout=PATIENCE,
-                env=dict(os.environ, SOCKS_CONF="socks.conf", SOCKS_AUTOADD_LANROUTES="no"))
-
-    @unittest.skipUnless(shutil.which("socksify") and shutil.which("nc"), "no socksify or nc here")
-    def test_dns_query(self):
-        query = re.search(r"(?ms)^printf '.+?od .+?$", readme()).group()
-        with self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-            sock.bind(("127.0.0.1", 0))
-
-            def answer():
-                query, client = sock.recvfrom(100)
-                sock.sendto(query + bytes([192, 0, 2, 7]), client)
-
-            self.thread(answer)
-            said = self.socksify(query.replace(
-                "192.0.2.53 53", "127.0.0.1 %d" % sock.getsockname()[1]), self.serve())
-        self.assertEqual(said.split(), [b"192", b"0", b"2", b"7"])
-
-    def serve_file(self, listener):
-        """Serve active FTP: connect to the client to deliver a file."""
-        sock = self.own(listener.accept()[0])
-        sock.sendall(b"220 hello\r\n")
-        answers = {b"USER": b"331", b"PASS": b"230", b"TYPE": b"200", b"EPRT": b"200",
-                   b"QUIT": b"221"}
-        commands = sock.makefile("rb")
-        self.addCleanup(commands.close)
-        for line in commands:
-            command, _, argument = line.strip().partition(b" ")
-            if command == b"EPRT":
-                _, _, host, port, _ = argument.decode().split("|")
-            if command == b"RETR":
-                sock.sendall(b"150 here it comes\r\n")
-                with socket.create_connection((host, int(port))) as data:
-                    data.sendall(b"content of " + argument)
-                sock.sendall(b"226 done\r\n")
-            else:
-                sock.sendall(answers.get(command, b"502") + b" so\r\n")
-
-    @unittest.skipUnless(shutil.which("socksify") and shutil.which("tnftp"),
-                         "no socksify or tnftp here")
-    def test_active_ftp(self):
-        listener = self.listen()
-        self.thread(self.serve_file, listener)
-        said = self.socksify(
-            "printf 'user a b\nbinary\nget one two\nquit\n' |"
-            " HOME=. socksify tnftp -A -n -P %d 127.0.0.1 >/dev/null; cat two"
-            % listener.getsockname()[1], self.serve())
-        self.assertEqual(said, b"content of one")
-
+# ---- echo_server.py ----------------------------------------------------------------------
 
 NOT_UTF8 = os.fsdecode(b"\xff")  # as it is in sys.argv
 
-
-# ---- echo_server.py ----------------------------------------------------------------------
 
 class EchoServerTest(CommandTestCase):
     def test_tcp_and_udp(self):
@@ -5990,21 +5240,184 @@ class MeasuringTest(CommandTestCase):
                 self.assertEqual((process.returncode, out), (1, ""))
 
     def test_no_process_is_left_when_it_is_killed(self):
-        class Handler(socks5.Socks5RequestHandler):
-            def authorize(self, destination):
-                sessions.put(destination)
-                return True
-
         for number, expected in ((signal.SIGKILL, ("", -signal.SIGKILL)),
                                  (signal.SIGTERM, ("Shutting down.\n", 1))):
             sessions = queue.Queue()
-            port = self.serve(Handler).server_address[1]
+            port = self.serve(hooked(authorize=lambda _, destination, sessions=sessions: (
+                not sessions.put(destination)))).server_address[1]
             process = self.measure(port, "--seconds", "3600")
             for _ in range(2):  # one of its own, and one of a process that it has started
                 sessions.get(timeout=PATIENCE)
             process.send_signal(number)
             out, err = process.communicate(timeout=PATIENCE)  # until the last process has ended
             self.assertEqual((out, process.returncode, err.count("\n")), expected + (1,))
+
+
+# ---- README ------------------------------------------------------------------------------
+
+def readme(section=""):
+    """Return the text of README.md, or of the section with this title."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    return re.search(r"(?ms)^## %s\n(.+?)(?=^## |\Z)" % section, text).group(1) if section else text
+
+
+def blocks(kind):
+    """Return what stands between ``` and ```."""
+    return re.findall(r"^```%s\n(.+?)^```" % kind, readme(), re.MULTILINE | re.DOTALL)
+
+
+class ReadmeTest(ServiceTestCase):
+    def rows(self):
+        """Return the first and the last cell of each row about an option, by its long name."""
+        found = {}
+        for row in re.findall(r"^\| (`.*--.+) \|$", readme("Options"), re.MULTILINE):
+            cells = re.split(r"(?<!\\) \| ?", row)
+            found[re.search(r"--[\w-]+", cells[0]).group()] = cells[0], cells[-1].strip("` |")
+        return found
+
+    def test_options_are_those_of_the_command(self):
+        rows = self.rows()
+        actions = {action.option_strings[-1]: action for action in self.parser()._actions
+                   if action.option_strings and action.help != argparse.SUPPRESS}
+        self.assertEqual(set(rows), set(actions))
+        for name, action in actions.items():
+            described = re.findall(r"(?<![\w-])--?[a-z][\w-]*", rows[name][0])
+            self.assertEqual(set(described), set(action.option_strings))
+            if action.metavar:
+                self.assertIn(action.metavar, rows[name][0])
+        self.assertTrue(re.search(r"(?m)^\| `port` \|.* `?1080`? \|$", readme("Options")))
+        self.assertEqual((socks5.HOST, socks5.PORT), ("127.0.0.1", 1080))
+
+    def test_defaults_are_those_of_the_command(self):
+        parser, rows = self.parser(), self.rows()
+        for action in parser._actions:
+            default = parser.get_default(action.dest)
+            if action.option_strings and action.nargs is None and default not in (None, [], ()):
+                with self.subTest(action.dest):
+                    said = rows[action.option_strings[-1]][1]
+                    if action.dest == "udp_ports":
+                        self.assertEqual((list(default), said), ([0], "any that is free"))
+                    elif action.dest == "mode":
+                        self.assertEqual(said, "0%o" % default)
+                    elif isinstance(default, (tuple, list)):
+                        self.assertEqual(said, ",".join(default))
+                    else:
+                        self.assertEqual(
+                            said, default if isinstance(default, str) else "%g" % default)
+
+    def test_defaults_are_those_of_settings(self):
+        rows, defaults = self.rows(), socks5.Settings.__init__.__kwdefaults__
+        for name, default in defaults.items():
+            if isinstance(default, float):
+                self.assertEqual(float(rows["--" + name.replace("_", "-")][1]), default)
+            self.assertRegex(readme("Embedding"), r"\b%s\b" % name)
+        said = re.findall(r"\b(\w+)=([\d.]+|None)\b", readme("Embedding"))
+        self.assertEqual([(name, value) for name, value in said if name in defaults
+                          and value not in (repr(defaults[name]), "%g" % (defaults[name] or 0))],
+                         [])
+
+    def test_usage(self):
+        with mock.patch.dict(os.environ, COLUMNS="80"):
+            usage = self.parser().format_usage()
+        usage = " ".join(usage.replace("usage: ", "").split())
+        self.assertTrue(usage in " ".join(readme().split()), usage)
+
+    def test_hooks_exist(self):
+        hooks = {"select_method", "authenticate", "authorize", "connect", "do_CONNECT", "do_BIND",
+                 "do_UDP_ASSOCIATE", "log_message", "verify_request"}
+        named = set(re.findall(r"^\| `(\w+)\(", readme("Embedding"), re.MULTILINE))
+        self.assertLessEqual(hooks, named)
+        for name in named:
+            self.assertTrue(hasattr(socks5.Socks5RequestHandler, name)
+                            or hasattr(socks5.Socks5Server, name), name)
+
+    def test_replies_are_named(self):
+        self.assertEqual(
+            re.findall(r"^\| `?(\d)`? (?:\| )?(.+?) \|", readme("Replies"), re.MULTILINE),
+            [(str(code), phrase) for code, phrase in enumerate(RFC_REPLIES)])
+
+    def test_ends_are_named(self):
+        table = readme("The log").partition("| `end=` |")[2].partition("\n\n")[0]
+        named = [end.strip(" `") for row in re.findall(r"^\| (.+?) \| \S", table, re.MULTILINE)
+                 for end in row.split(",")]
+        self.assertEqual(sorted(named), sorted(socks5.ENDS))
+        self.assertTrue(all(socks5.ENDS.values()))
+
+    def test_examples_of_rules_are_accepted(self):
+        users = self.file(b"alice:secret\nbob:secret")
+        examples = [example for example in re.findall(r"`(-[^`\n]+)`", readme("Who may go where"))
+                    if re.search(r"--(allow|deny|client) [^\[\s]*\d|--allow alice", example)]
+        self.assertGreaterEqual(len(examples), 5)
+        for example in examples:
+            with self.subTest(example):
+                settings = self.settings_of(*example.replace("FILE", users).split())
+                self.assertTrue(settings["rules"] or settings["clients"])
+
+    def test_files_of_options_are_accepted(self):
+        files = [block for block in blocks(r"\w*") if re.search(r"(?m)^--[a-z]+ \S", block)
+                 and not re.search(r"(?m)^\w", block)]
+        self.assertTrue(files)
+        users = self.file(b"alice:secret")
+        for content in files:
+            content = re.sub(r"(?m)^(--users) \S+", r"\1 " + users, content)
+            self.settings_of("@" + self.file(content.encode()))
+
+    def test_fail2ban_filter(self):
+        (pattern_,) = re.findall(r"^failregex = (.+)$", readme(), re.MULTILINE)
+        pattern_ = pattern_.replace("<HOST>", r"(?P<host>[\w.:]+?)")
+        service = self.service("-q", "-b", "::" if has_ipv6() else "0.0.0.0",
+                               "--users", self.file(b"alice:secret"))
+        for host in ("127.0.0.1", "::1")[:1 + has_ipv6()]:
+            client = self.own(Client.to((host, service.port)))
+            client.sendall(octets("05 01 02 01 17") + b"user=x client=6.6.6.6:1" + b"\1x")
+            address = "client=%s" % ("[::1]" if ":" in host else host)
+            line = service.wait_for("login failed " + address)
+            self.assertEqual(re.search(pattern_, line).group("host"), host)
+            with_no_date = line[line.index(" WARNING"):]
+            self.assertEqual(re.search(pattern_, with_no_date).group("host"), host)
+
+    def test_embedding_examples(self):
+        here, real, replies = threading.current_thread(), socks5.Socks5Server.serve_forever, []
+
+        def serve_once(server, *args, **kwargs):
+            if threading.current_thread() is not here:
+                return real(server, *args, **kwargs)
+            self.thread(real, server, 0.02)
+            replies.append(self.client(server).greet().ask(22))
+            server.shutdown()
+            return None
+
+        names = {"__name__": "example"}
+        with mock.patch.object(socks5.Socks5Server, "serve_forever", serve_once):
+            for block in blocks("python"):
+                exec(block.replace("1080", "0"), names)
+        self.assertEqual(set(replies), {Reply.NOT_ALLOWED})  # for OnlyWeb
+
+    @unittest.skipUnless(socks5.__doc__, "no docstrings with -OO")
+    def test_docstring_example_is_the_same(self):
+        example = re.search(r"^    class .+?serve_forever\(\)$", socks5.__doc__,
+                            re.MULTILINE | re.DOTALL).group()
+        self.assertIn(re.sub("^    ", "", example, flags=re.MULTILINE), readme())
+
+    @unittest.skipUnless(shutil.which("nc") and shutil.which("curl"), "no nc or no curl here")
+    def test_first_commands(self):
+        ports = {}
+        block = next(block for block in blocks("sh") if "nc -N" in block)
+        for command, output in re.findall(r"^(\w.+?)(?: +#.*)?\n# (.+\n)", block, re.MULTILINE):
+            for known, actual in ports.items():
+                command, output = command.replace(known, actual), output.replace(known, actual)
+            if " port " not in output:  # it is a client
+                said = subprocess.check_output(command, shell=True, timeout=PATIENCE,
+                                               universal_newlines=True)
+                self.assertEqual(said.rstrip(), output.rstrip())
+                continue
+            words = [word for word in command.split()[1:] if not word.isdigit()]
+            line = self.start("-u", *words, "0").stdout.readline()
+            known, actual = (re.search(r" port (\d+) ", text).group(1) for text in (output, line))
+            ports[known] = actual
+            self.assertEqual(line.replace(actual, known), output)
+        self.assertGreaterEqual(len(ports), 2)
 
 
 # ---- Makefile and .ci/run ----------------------------------------------------------------
@@ -6114,6 +5527,100 @@ class CiTest(ScriptTestCase):
 
     def test_usage(self):
         self.assertEqual(self.run_ci("x"), (2, "usage: .ci/run [readme|pythons|check|tools]"))
+
+
+# ---- clients of others -------------------------------------------------------------------
+
+class ClientsTest(TestCase):
+    def run_client(self, *command, **settings):
+        """Return what `command`, with the port of a server for {}, prints."""
+        port = self.serve(**settings).server_address[1]
+        return subprocess.check_output([word.format(port) for word in command],
+                                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       timeout=PATIENCE)
+
+    @unittest.skipUnless(shutil.which("curl"), "no curl here")
+    def test_curl(self):
+        for proxy, host, users in [
+                ("socks5://127.0.0.1:{}", "127.0.0.1", None),
+                ("socks5h://127.0.0.1:{}", "localhost", None),
+                ("socks5h://alice:secret@127.0.0.1:{}", "localhost", USERS)]:
+            url = "http://%s:%d/" % (host, self.web_server())
+            self.assertEqual(self.run_client("curl", "-s", "-x", proxy, url, users=users), b"page")
+
+    @unittest.skipUnless(shutil.which("ssh") and shutil.which("nc"), "no ssh or no nc here")
+    def test_ssh_by_proxy_command(self):
+        listener, banners = self.listen(), []
+
+        def answer():
+            with listener.accept()[0] as sock:
+                sock.sendall(b"SSH-2.0-nobody\r\n")
+                banners.append(sock.recv(8))
+
+        thread = self.thread(answer)
+        with self.assertRaises(subprocess.CalledProcessError):  # that was not an ssh server
+            self.run_client("ssh", "-F", "none", "-o", "BatchMode=yes", "-o",
+                            "ProxyCommand=nc -X 5 -x 127.0.0.1:{} %h %p",
+                            "-p", str(listener.getsockname()[1]), "127.0.0.1", "true")
+        thread.join(PATIENCE)
+        self.assertEqual(banners, [b"SSH-2.0-"])
+
+    def socksify(self, script, server):
+        """Return what `script` prints where socks.conf is README's and names `server`."""
+        config = re.search(r"(?ms)^route \{.+?^\}\n", readme()).group().replace(
+            "1080", str(server.server_address[1]))
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "socks.conf"), "w") as file:
+                file.write(config)
+            return subprocess.check_output(
+                ["sh", "-c", script], cwd=folder, stderr=subprocess.DEVNULL, timeout=PATIENCE,
+                env=dict(os.environ, SOCKS_CONF="socks.conf", SOCKS_AUTOADD_LANROUTES="no"))
+
+    @unittest.skipUnless(shutil.which("socksify") and shutil.which("nc"), "no socksify or nc here")
+    def test_dns_query(self):
+        query = re.search(r"(?ms)^printf '.+?od .+?$", readme()).group()
+        with self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            sock.bind(("127.0.0.1", 0))
+
+            def answer():
+                query, client = sock.recvfrom(100)
+                sock.sendto(query + bytes([192, 0, 2, 7]), client)
+
+            self.thread(answer)
+            said = self.socksify(query.replace(
+                "192.0.2.53 53", "127.0.0.1 %d" % sock.getsockname()[1]), self.serve())
+        self.assertEqual(said.split(), [b"192", b"0", b"2", b"7"])
+
+    def serve_file(self, listener):
+        """Serve active FTP: connect to the client to deliver a file."""
+        sock = self.own(listener.accept()[0])
+        sock.sendall(b"220 hello\r\n")
+        answers = {b"USER": b"331", b"PASS": b"230", b"TYPE": b"200", b"EPRT": b"200",
+                   b"QUIT": b"221"}
+        commands = sock.makefile("rb")
+        self.addCleanup(commands.close)
+        for line in commands:
+            command, _, argument = line.strip().partition(b" ")
+            if command == b"EPRT":
+                _, _, host, port, _ = argument.decode().split("|")
+            if command == b"RETR":
+                sock.sendall(b"150 here it comes\r\n")
+                with socket.create_connection((host, int(port))) as data:
+                    data.sendall(b"content of " + argument)
+                sock.sendall(b"226 done\r\n")
+            else:
+                sock.sendall(answers.get(command, b"502") + b" so\r\n")
+
+    @unittest.skipUnless(shutil.which("socksify") and shutil.which("tnftp"),
+                         "no socksify or tnftp here")
+    def test_active_ftp(self):
+        listener = self.listen()
+        self.thread(self.serve_file, listener)
+        said = self.socksify(
+            "printf 'user a b\nbinary\nget one two\nquit\n' |"
+            " HOME=. socksify tnftp -A -n -P %d 127.0.0.1 >/dev/null; cat two"
+            % listener.getsockname()[1], self.serve())
+        self.assertEqual(said, b"content of one")
 
 
 if __name__ == "__main__":
