@@ -1423,7 +1423,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
     nobody has checked one); `settings`, those that were in force when the session began; and
-    `server`. In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply,
+    `server`. They may call `permitted` and `own_socket`. In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply,
     and an OSError by its errno. Any other exception is logged, and ends this session only.
     """
 
@@ -2625,14 +2625,24 @@ seconds = number(float, 0.001, 1e9)
 def port_number(text: str) -> int:
     """A port, for argparse."""
     if "." in text or ":" in text:
-        raise argparse.ArgumentTypeError(
-            "this is the port alone; the address goes before it: socks5.py -b ADDRESS PORT")
+        host, _, port = text.rpartition(":")
+        raise argparse.ArgumentTypeError("an address goes before the port: socks5.py -b %s" % (
+            "%s %s" % (host.strip("[]"), port) if host.strip(":") and port.isdigit() else text))
     return int(number(int, 0, 65535)(text))
 
 
 def no_such_option(text: str) -> int:
     """The error for an option that others have for the port, for argparse."""
     raise argparse.ArgumentTypeError("the port is an argument of its own: socks5.py 1080")
+
+
+def network(text: str) -> str:
+    """An address or a network, for argparse."""
+    try:
+        parse_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def port_range(text: str) -> Iterable[int]:
@@ -2681,10 +2691,10 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for who may connect, and where to."""
     add = parser.add_argument_group("who may use it").add_argument
     add("--users", metavar="FILE", help="require a login; FILE has a line name:password per user")
-    add("--client", metavar="NETWORK", dest="clients", action="append",
+    add("--client", metavar="NETWORK", dest="clients", action="append", type=network,
         help="accept clients from NETWORK only; repeatable")
     add("--open", action="store_true", help="let everybody use a proxy that others can reach")
-    add("--proxy-from", metavar="NETWORK", action="append",
+    add("--proxy-from", metavar="NETWORK", action="append", type=network,
         help="expect a PROXY header from balancers in NETWORK; repeatable")
     for option, meaning in LIMITS:
         add(option, metavar="N", type=amount, help=meaning)
@@ -2730,7 +2740,9 @@ def make_parser() -> Parser:
     add_access_options(parser)
     add = parser.add_argument_group("timeouts in seconds").add_argument
     for option, meaning in TIMEOUTS:
-        add(option, metavar="S", type=seconds, help=meaning + " (default: %(default)s)")
+        default = DEFAULTS[option[2:].replace("-", "_")]
+        add(option, metavar="S", type=seconds, help="%s (default: %s)" % (
+            meaning, "never" if default is None else "%g" % default))
     add = parser.add_argument_group("datagrams").add_argument
     add("--udp-ports", metavar="FIRST-LAST", type=port_range,
         help="ports that clients send datagrams to (default: any free port)")
