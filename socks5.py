@@ -1423,8 +1423,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
     nobody has checked one); `settings`, those that were in force when the session began; and
-    `server`. They may call `permitted` and `own_socket`. In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply,
-    and an OSError by its errno. Any other exception is logged, and ends this session only.
+    `server`. They may call `permitted` and `own_socket`. In `authorize`, `connect` and `do_*`, a
+    RequestError is answered with its reply, and an OSError by its errno. Any other exception is
+    logged, and ends this session only.
     """
 
     server: "Socks5Server"
@@ -2624,10 +2625,12 @@ seconds = number(float, 0.001, 1e9)
 
 def port_number(text: str) -> int:
     """A port, for argparse."""
-    if "." in text or ":" in text:
-        host, _, port = text.rpartition(":")
-        raise argparse.ArgumentTypeError("an address goes before the port: socks5.py -b %s" % (
-            "%s %s" % (host.strip("[]"), port) if host.strip(":") and port.isdigit() else text))
+    host, _, port = text.rpartition(":")
+    has_port = port.isdigit() and ip_number(text) is None
+    words = [host.strip("[]"), port] if has_port else [text.strip("[]")]
+    if ip_number(words[0]) is not None:  # nothing else is quoted: it might be a password
+        raise argparse.ArgumentTypeError(
+            "an address goes before the port: socks5.py -b " + " ".join(words))
     return int(number(int, 0, 65535)(text))
 
 
