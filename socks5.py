@@ -50,8 +50,9 @@ The rooms of this file. Each one uses only the rooms above it:
 Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. A
 session passes through the phases handshake, connect (or bind), and then idle and linger (or
 udp); a refused one through refusal. Each phase has a time limit, which the server checks twice
-a second. Threads shut sockets down to wake each other, and only owners close them: a session's
-sockets are closed in `Socks5RequestHandler.finish`, and nowhere else once it owns them.
+a second. Threads shut sockets down to wake each other, and only owners close them:
+`Socks5RequestHandler.finish` closes the sockets of a session, but for those that `dial` and
+BIND need no longer.
 
 Hooks of `Socks5RequestHandler` to override:
 
