@@ -1346,8 +1346,9 @@ class LookUpTest(TestCase):
                     self.assertEqual(self.ask_at_once(server, 1), [reply])
 
     def test_no_thread_for_a_look_up(self):
-        clients = [self.client(self.serve(connect_timeout=2)).greet() for _ in range(2)]
         with self.look_ups(1), self.within(6), self.logged() as lines:
+            server = self.serve(connect_timeout=2)
+            clients = [self.client(server).greet() for _ in range(2)]
             with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
                 self.assertEqual(clients[0].ask(80, "x"), 1)
             clients[0].close()
@@ -4164,6 +4165,12 @@ class CommandLineTest(ServiceTestCase):
             self.write(path, content)
             with self.subTest(content):
                 self.assertNotIn("hunter2", self.check_usage_error("@" + path))
+
+    def test_unknown_option_is_named(self):
+        path = self.file(b"--linger 3\n--alow *:25\n")
+        self.assertIn("%s, line 2: unknown option --alow" % path,
+                      self.check_usage_error("@" + path))
+        self.assertIn("unknown option --alow", self.check_usage_error("--alow", "*:25"))
 
     @unittest.skipUnless(os.path.isdir("/proc/self"), "no /proc to read a process's limits from")
     def test_options_of_a_process(self):
