@@ -4963,7 +4963,7 @@ class FuzzTest(TestCase):
                 server.drain(PATIENCE)
                 with self.logged("DEBUG") as lines:
                     server.report()
-                self.assertRegex("|".join(lines), r"^totals live=0 ")
+                self.assertRegex("\n".join(lines), r"(?m)^totals live=0 ")
                 self.stop(server)
             self.check_session_lines()
             self.assertEqual(stderr.getvalue(), "")
