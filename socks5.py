@@ -51,8 +51,8 @@ Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a
 session passes through the phases handshake, connect (or bind), and then idle and linger (or
 udp); a refused one through refusal. Each phase has a time limit, which the server checks twice
 a second. Threads shut sockets down to wake each other, and only owners close them:
-`Socks5RequestHandler.finish` closes the sockets of a session, but for those that `dial` and
-BIND need no longer.
+`Socks5RequestHandler.finish` closes the sockets of a session; `dial` closes its losing attempts,
+and BIND its listener.
 
 Hooks of `Socks5RequestHandler` to override:
 
@@ -834,7 +834,7 @@ class ThreadCache:
 # fail, the error of the first address counts: the resolver ranked it first.
 
 ATTEMPT_DELAY = 0.25  # seconds before the next attempt (RFC 8305 section 5)
-MAX_LOOK_UPS = 64     # at the same time, those that nobody waits for any more included
+MAX_LOOK_UPS = 64     # at the same time, abandoned ones included
 SHORT_WAIT = 0.001    # seconds, because a timeout of 0 would not wait at all
 LONG_WAIT = 3600.0    # seconds; poll() takes no infinity
 
@@ -1423,7 +1423,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     """One client's session. Override its hooks and pass the class to the server.
 
     Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
-    nobody has checked one); `settings`, those that were in force when the session began; and
+    nobody has checked one); `settings`, as they were when the session began; and
     `server`. They may call `permitted` and `own_socket`. In `authorize`, `connect` and `do_*`, a
     RequestError is answered with its reply, and an OSError by its errno. Any other exception is
     logged, and ends this session only.
@@ -1960,7 +1960,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         set_options(self.socket, ACCEPTING)
 
     def accept_forever(self) -> None:
-        """Accept clients while `is_accepting`, then those that are queued, and stop listening.
+        """Accept clients while `is_accepting`, then the queued ones, and stop listening.
 
         Other processes accept on the same socket: Linux wakes one of all that wait in accept(), in
         turn, but each of all that wait in a selector.
@@ -2123,7 +2123,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         log_failure("session failed client=%s" % (Address.of(client_address),), error)
 
     def report(self) -> None:
-        """Log each live session, and the totals of those that have ended."""
+        """Log each live session, and the totals of the ended ones."""
         with self.lock:
             sessions, totals = list(self.sessions), dict(self.totals)
         for session in sessions:
@@ -2193,7 +2193,7 @@ def usable_cpus() -> List[int]:
 
 
 def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
-    """Run this thread, and those that it starts, on one CPU; return all CPUs, None if refused.
+    """Run this thread, and the threads that it starts, on one CPU; return all CPUs, None if refused.
 
     Only one thread at a time has the interpreter: on several CPUs, threads wake each other to
     ask for it in vain. SCHED_BATCH keeps a thread that a packet wakes from preempting the one
@@ -2511,7 +2511,7 @@ class Service:
     # -- workers
 
     def look_after_workers(self) -> None:
-        """Start the workers that are missing. At the end, kill those that are stuck."""
+        """Start missing workers. At the end, kill stuck ones."""
         now = time.monotonic()
         if self.end_at < NEVER:
             self.workers = [worker for worker in self.workers if not worker.has_died()]
