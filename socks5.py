@@ -2193,7 +2193,7 @@ def usable_cpus() -> List[int]:
 
 
 def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
-    """Run this thread, and the threads that it starts, on one CPU; return all CPUs, None if refused.
+    """Run this thread and its children on one CPU; return all CPUs, None if the system refuses.
 
     Only one thread at a time has the interpreter: on several CPUs, threads wake each other to
     ask for it in vain. SCHED_BATCH keeps a thread that a packet wakes from preempting the one
