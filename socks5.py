@@ -1430,7 +1430,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     """
 
     server: "Socks5Server"
-    rbufsize = 1024  # bytes; no frame has more than 513
+    rbufsize = 1024  # bytes, any size but 0 (frames need a buffer); no frame has more than 513
     log_level = logging.INFO  # of the session's line
 
     def setup(self) -> None:
