@@ -4036,6 +4036,7 @@ class CommandLineTest(ServiceTestCase):
     def test_start_line_and_interrupt(self):
         for address, url in [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")][:1 + has_ipv6()]:
             service = self.service("--drain", "0", "-b", address)
+            service.wait_for("Serving SOCKS5", 2)  # in the log, and then on stdout
             self.assertRegex(
                 service.text().splitlines()[1], r"^Serving SOCKS5 on %s port (\d+) "
                 r"\(socks5h://%s:\1\) \.\.\.$" % (address, re.escape(url)))
