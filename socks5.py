@@ -32,7 +32,7 @@ one reply. After the reply "succeeded", it gets the target's bytes and then the 
 a close is passed on as a close, and a reset as a reset. Sections are those of RFC 1928 unless
 another RFC is named.
 
-The rooms of this file. Each one uses only the rooms above it:
+The sections of this file. Each one uses only those above it:
 
     vocabulary    the numbers of the RFCs, and the values of end= in the log
     failures      exceptions, and the reply for each
@@ -49,10 +49,11 @@ The rooms of this file. Each one uses only the rooms above it:
 
 Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. A
 session passes through the phases handshake, connect (or bind), and then idle and linger (or
-udp); a refused one through refusal. Each phase has a time limit, which the server checks twice
-a second. Threads shut sockets down to wake each other, and only owners close them:
-`Socks5RequestHandler.finish` closes the sockets of a session; `dial` closes its losing attempts,
-and BIND its listener.
+udp); a refused one through refusal. In connect and bind, the session's own thread keeps the time
+limit; in the other phases, the server checks it twice a second and hangs up.
+
+Each session owns its sockets, and its own thread closes them: `Socks5RequestHandler.finish` at
+the end, `close_sockets` before. Other threads only shut them down, which wakes whoever waits.
 
 Hooks of `Socks5RequestHandler` to override:
 
@@ -185,7 +186,6 @@ ENDS = {  # each value that end= can have in the log
     "refused": "the request was refused: see reply",
     "no-thread": "the system gave no thread for the relay",
     "handshake-timeout": "--handshake-timeout passed before the request was complete",
-    "refusal-timeout": "the refused client did not close its connection in time",
     "idle-timeout": "--idle-timeout passed without data in either direction",
     "linger-timeout": "one side closed, and then --linger passed without data",
     "udp-timeout": "--udp-timeout passed without datagrams",
@@ -279,7 +279,8 @@ def read_credentials(stream: Any) -> Tuple[bytes, bytes]:
     return read_counted(stream), read_counted(stream)
 
 
-FAMILIES = {0x01: (socket.AF_INET, 4), 0x04: (socket.AF_INET6, 16)}  # by ATYP; bytes of an ADDR
+FAMILIES = {  # by ATYP: the address family, and the number of bytes of an ADDR
+    int(AddressType.IPV4): (socket.AF_INET, 4), int(AddressType.IPV6): (socket.AF_INET6, 16)}
 UNIX = "unix:"  # begins the host of a client that has connected to a path; its user follows
 
 
@@ -297,7 +298,7 @@ class Address(NamedTuple):
     def read(cls, stream: Any) -> "Address":
         """Read from a frame. Raises RequestError if the address type is unknown."""
         kind = read_exactly(stream, 1)[0]
-        if kind == 0x03:
+        if kind == AddressType.DOMAIN_NAME:
             data = read_exactly(stream, read_exactly(stream, 1)[0] + 2)
             host = data[:-2].decode("utf-8", "surrogateescape")
         elif kind in FAMILIES:
@@ -310,7 +311,7 @@ class Address(NamedTuple):
 
     def pack(self) -> bytes:
         """Return the bytes for a frame. `host` must be an IP literal: OSError otherwise."""
-        kind = 0x04 if ":" in self.host else 0x01
+        kind = AddressType.IPV6 if ":" in self.host else AddressType.IPV4
         return b"%c%b%b" % (kind, socket.inet_pton(FAMILIES[kind][0], self.host),
                             self.port.to_bytes(2, "big"))
 
@@ -446,7 +447,7 @@ def read_proxy_block(stream: Any) -> Optional[Address]:
     body = read_exactly(stream, length)
     if command == 0x20 or kind not in (0x11, 0x21):  # LOCAL, or neither TCP4 nor TCP6
         return None
-    family, size = FAMILIES[0x01 if kind == 0x11 else 0x04]
+    family, size = FAMILIES[AddressType.IPV4 if kind == 0x11 else AddressType.IPV6]
     if length < 2 * size + 4:
         raise ValueError
     port = int.from_bytes(body[2 * size:2 * size + 2], "big")
@@ -456,11 +457,12 @@ def read_proxy_block(stream: Any) -> Optional[Address]:
 # ---- rules: who may connect, where they may go, and for how long -------------------------
 #
 # The first rule that matches a destination decides. Rules apply to each resolved address,
-# together with the requested name. For a rule, an address is a number: those of IPv4 follow
-# those of IPv6. So a network is a range of numbers, and IPv4 that is mapped into IPv6 is IPv4.
+# together with the requested name. They compare addresses as integers: IPv6 addresses are 0 to
+# 2**128 - 1, and IPv4 addresses come after them. A network is a `range`. An IPv4-mapped IPv6
+# address counts as the IPv4 address.
 
-IPV4 = 1 << 128  # the number of 0.0.0.0
-MAPPED = bytes(10) + b"\xff\xff"  # how IPv4 begins that is mapped into IPv6
+IPV4_BASE = 1 << 128  # the number of 0.0.0.0
+MAPPED_PREFIX = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5)
 
 
 def ip_number(host: str) -> Optional[int]:
@@ -469,8 +471,8 @@ def ip_number(host: str) -> Optional[int]:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):  # ValueError for a NUL and for surrogates
         return None
-    if len(packed) == 4 or packed.startswith(MAPPED):
-        return IPV4 + int.from_bytes(packed[-4:], "big")
+    if len(packed) == 4 or packed.startswith(MAPPED_PREFIX):
+        return IPV4_BASE + int.from_bytes(packed[-4:], "big")
     return int.from_bytes(packed, "big")
 
 
@@ -500,7 +502,7 @@ def parse_network(text: str) -> range:
         raise ValueError("%s: did you mean %s?" % (text, network))
     first = int(network.network_address)
     if network.version == 4:
-        first += IPV4
+        first += IPV4_BASE
     elif network.network_address.ipv4_mapped:
         raise ValueError("%s: write IPv4 addresses as IPv4" % text)
     return range(first, first + network.num_addresses)
@@ -583,7 +585,7 @@ class Rule(NamedTuple):
 
 
 def built_in(*networks: str) -> List[Rule]:
-    """Return rules that deny `networks`, and say in the log that nobody wrote them."""
+    """Return rules that deny `networks`, marked as built-in for the log."""
     return [Rule.parse("deny " + network)._replace(text="built-in:" + network)
             for network in networks]
 
@@ -596,17 +598,14 @@ DENY_OTHERS = Rule.parse("deny *")._replace(text="default")
 
 def deciding_rule(rules: List[Rule], user: str, name: bytes, ip: Optional[int],
                   port: int) -> Rule:
-    """Return the first rule that matches; the last one is for all other destinations.
+    """Return the first rule that matches. The last one in `rules` must match everything.
 
     If `ip` is None (not resolved yet), return the first rule that might allow, or that denies
     whatever the address is: then no look-up is needed.
     """
     name = name.rstrip(b".")
-    for rule in rules:
-        if rule.matches(user, name, ip, port) and (
-                ip is not None or rule.allows or rule.hosts is None):
-            return rule
-    return rules[-1]
+    return next(rule for rule in rules if rule.matches(user, name, ip, port) and (
+        ip is not None or rule.allows or rule.hosts is None))
 
 
 def check_credential(what: str, text: str) -> bytes:
@@ -779,14 +778,21 @@ class ThreadCache:
         self.threads: Set[threading.Thread] = set()
         self.closed = False
 
-    def start(self, function: Callable[..., None], *args: Any) -> None:
-        """Call `function` in a thread. Raises NoThreadError."""
+    def start(self, function: Callable[..., None], *args: Any) -> Any:
+        """Call `function` in a thread; return a lock that is released when it has returned.
+
+        Raises NoThreadError.
+        """
+        done = threading.Lock()
+        done.acquire()
+        job = function, args, done
         try:
-            self.idle.pop().put((function, args))
+            self.idle.pop().put(job)
         except IndexError:
             jobs = TaskQueue()
-            jobs.put((function, args))  # as an argument, it would live as long as the thread
+            jobs.put(job)  # not an argument of the thread, which keeps those until it ends
             start_thread(self.work, jobs)
+        return done
 
     def work(self, jobs: Any) -> None:
         """Do the jobs in the queue `jobs` until none comes."""
@@ -794,11 +800,12 @@ class ThreadCache:
             self.threads.add(threading.current_thread())
         job = jobs.get()
         while job:
-            function, args = job
+            function, args, done = job
             try:
                 function(*args)
             except Exception as error:
                 log_failure("thread failed", error)
+            done.release()
             del function, args, job  # an idle thread must not keep a session in memory
             job = self.next_job(jobs)
         self.threads.discard(threading.current_thread())
@@ -838,7 +845,7 @@ MAX_LOOK_UPS = 64     # at the same time, abandoned ones included
 SHORT_WAIT = 0.001    # seconds, because a timeout of 0 would not wait at all
 LONG_WAIT = 3600.0    # seconds; poll() takes no infinity
 
-SocketAddress = Tuple[int, Tuple[Any, ...]]  # a family, and what ``connect`` takes for it
+Candidate = Tuple[int, Tuple[Any, ...]]  # a family, and a sockaddr: what ``connect`` takes for it
 Prepare = Callable[[socket.socket], None]
 
 
@@ -852,10 +859,11 @@ class Resolver:
         self.slots = threading.BoundedSemaphore(MAX_LOOK_UPS)
         self.warn = warn
 
-    def look_up(self, name: bytes, port: int, deadline: float) -> List[SocketAddress]:
+    def look_up(self, name: bytes, port: int, deadline: float) -> List[Candidate]:
         """Return the addresses of `name`, best first, by `deadline` (monotonic clock).
 
-        Raises OSError: ``gaierror`` for an unknown name, ``timeout``, NoThreadError.
+        Raises OSError: ``gaierror`` for an unknown name, ``timeout``, NoThreadError. `ask` frees
+        the slot, after the deadline, too.
         """
         self.wait_for_slot(deadline)
         answers: Any = queue.Queue()
@@ -893,26 +901,21 @@ def seconds_until(deadline: float) -> float:
     return min(LONG_WAIT, max(SHORT_WAIT, deadline - time.monotonic()))
 
 
-def interleave(addresses: List[SocketAddress]) -> List[SocketAddress]:
-    """Return the families in turn, that of the first address first (RFC 8305 section 4)."""
-    first = [address for address in addresses if address[0] == addresses[0][0]]
-    other = [address for address in addresses if address[0] != addresses[0][0]]
+def interleave(candidates: List[Candidate]) -> List[Candidate]:
+    """Return the families in turn, that of the first candidate first (RFC 8305 section 4)."""
+    first = [candidate for candidate in candidates if candidate[0] == candidates[0][0]]
+    other = [candidate for candidate in candidates if candidate[0] != candidates[0][0]]
     turns = itertools.zip_longest(first, other)
-    return [address for turn in turns for address in turn if address]
+    return [candidate for turn in turns for candidate in turn if candidate]
 
 
-def start_attempt(address: SocketAddress, prepare: Prepare, patience: float) -> socket.socket:
+def start_attempt(candidate: Candidate, prepare: Prepare, patience: float) -> socket.socket:
     """Return a socket that has had `patience` seconds to connect; if 0, it is still connecting."""
-    sock = socket.socket(address[0], socket.SOCK_STREAM)
-    try:
-        prepare(sock)
-        sock.settimeout(patience)
-        sock.connect(address[1])
-    except BlockingIOError:
-        pass
-    except BaseException:
-        sock.close()
-        raise
+    sock = socket.socket(candidate[0], socket.SOCK_STREAM)
+    prepare(sock)
+    sock.settimeout(patience)
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(candidate[1])
     return sock
 
 
@@ -925,56 +928,45 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
         if not code:
             return sock  # type: ignore[no-any-return]
         errors[key.data] = OSError(code, os.strerror(code))
-        sock.close()
     return None
 
 
-def dial_all(attempts: selectors.BaseSelector, addresses: List[SocketAddress],
-             deadline: float, prepare: Prepare) -> socket.socket:
-    """Return the first socket to connect. The attempts are left to the caller to close."""
-    waiting = collections.deque(enumerate(addresses))
-    errors: Dict[int, OSError] = {}
-    while (waiting or attempts.get_map()) and time.monotonic() < deadline:
-        if waiting:
-            number, address = waiting.popleft()
-            try:
-                attempts.register(start_attempt(address, prepare, 0),
-                                  selectors.EVENT_WRITE, number)
-            except OSError as error:
-                errors[number] = error
-                continue
-        next_at = time.monotonic() + ATTEMPT_DELAY if waiting else deadline
-        connected = winner(attempts, errors, min(next_at, deadline))
-        if connected:
-            return connected
-    raise errors.get(0) or socket.timeout("no address has answered")
+def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> socket.socket:
+    """Return a socket connected to one of `candidates` by `deadline` (monotonic clock).
 
-
-def dial(addresses: List[SocketAddress], deadline: float,
-         prepare: Prepare = lambda sock: None) -> socket.socket:
-    """Return a socket connected to one of `addresses` by `deadline` (monotonic clock).
-
-    `prepare` is called with each socket before it connects. The socket that is returned has
-    some timeout: set your own. Raises OSError.
+    `prepare` is called with each socket before it connects, and has to see to it that all but
+    the one that is returned are closed. That one has some timeout: set your own. Raises OSError.
     """
-    if len(addresses) == 1:  # a selector would cost a tenth of a short session
-        return start_attempt(addresses[0], prepare, seconds_until(deadline))
+    if len(candidates) == 1:  # a selector would cost a tenth of a short session
+        return start_attempt(candidates[0], prepare, seconds_until(deadline))
+    waiting = collections.deque(enumerate(interleave(candidates)))
+    errors: Dict[int, OSError] = {}
     with Selector() as attempts:
-        try:
-            return dial_all(attempts, interleave(addresses), deadline, prepare)
-        finally:
-            for key in list(attempts.get_map().values()):
-                key.fileobj.close()
+        while (waiting or attempts.get_map()) and time.monotonic() < deadline:
+            if waiting:
+                number, candidate = waiting.popleft()
+                try:
+                    attempts.register(start_attempt(candidate, prepare, 0),
+                                      selectors.EVENT_WRITE, number)
+                except OSError as error:
+                    errors[number] = error
+                    continue
+            next_at = time.monotonic() + ATTEMPT_DELAY if waiting else deadline
+            connected = winner(attempts, errors, min(next_at, deadline))
+            if connected:
+                return connected
+    raise errors.get(0) or socket.timeout("no address has answered")
 
 
 # ---- relaying: two flows, each in a thread, joined when both have ended ------------------
 #
 # A relay that ends at the first close loses what is on its way in the other direction. So a
-# close is passed on as a half-close, and the other flow goes on. A relay is reset by default:
-# whatever breaks it, the server's own death included, both sides see a reset, so that a
-# truncated transfer is not mistaken for a complete one. Only a flow that has passed on the end
-# of its source earns its sink a clean end. Nothing is queued: a flow reads again when its sink
-# has taken everything, so a slow reader slows the writer down.
+# close is passed on as a half-close, and the other flow goes on, until the other side closes too
+# or there has been no data for `linger` seconds. A relay is reset by default: whatever breaks
+# it, the server's own death included, both sides see a reset, so that a truncated transfer is
+# not mistaken for a complete one. Only a flow that has passed on the end of its source earns its
+# sink a clean end. Nothing is queued: a flow reads again when its sink has taken everything, so
+# a slow reader slows the writer down.
 
 SMALL_BUFFER = 2 * 1024     # bytes, for an idle flow
 LARGE_BUFFER = 1024 * 1024  # bytes, for the busiest; in between, each is 8 times the last
@@ -982,7 +974,7 @@ BUSY = 32 * 1024            # bytes at a time that keep a flow in the kernel
 SPLICE_PIECE = 128 * 1024   # bytes; the kernel sends a piece in two steps, each with SEND_TIMEOUT
 SEND_TIMEOUT = 0.25         # seconds for which a sender is stuck before it looks around
 SPLICE_REFUSED = {errno.EINVAL, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-CLEAN = ("", "client-closed", "target-closed")  # ends of a relay that has lost nothing
+CLEAN = ("client-closed", "target-closed")  # ends of a relay that has lost nothing
 
 
 def existing(*options: Tuple[int, str, Any]) -> List[Tuple[int, int, Any]]:
@@ -999,16 +991,16 @@ def seconds_option(name: str, seconds: float) -> List[Tuple[int, int, Any]]:
     return existing((socket.SOL_SOCKET, name, value))
 
 
-TUNED = existing(  # small pieces are sent at once, urgent bytes stay in line, and a peer that
-    # has vanished is noticed after 60 + 4 * 15 seconds
+TCP_OPTIONS = existing(  # small pieces are sent at once, urgent bytes stay in line, and a peer
+    # that has vanished is noticed after 60 + 4 * 15 seconds
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 15), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 4))
-LINGER = "hh" if sys.platform == "win32" else "ii"
-RESET = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER, 1, 0)))  # at close()
-CLEAN_END = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER, 0, 0)))
-RELAYED = RESET + seconds_option("SO_SNDTIMEO", SEND_TIMEOUT)
+LINGER_FORMAT = "hh" if sys.platform == "win32" else "ii"
+RESET_AT_CLOSE = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER_FORMAT, 1, 0)))
+CLEAN_CLOSE = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER_FORMAT, 0, 0)))
+SEND_TIMES_OUT = seconds_option("SO_SNDTIMEO", SEND_TIMEOUT)
 
 
 def set_options(sock: socket.socket, options: List[Tuple[int, int, Any]]) -> bool:
@@ -1038,14 +1030,15 @@ def run_on(cpus: Optional[Set[int]]) -> Optional[Set[int]]:
 
 
 class Flow:
-    """One direction of a relay. `cpus` are those for work inside the kernel, None for any."""
+    """One direction of a relay. `cpus` are the CPUs to splice on, None for any."""
 
     def __init__(self, source: socket.socket, sink: socket.socket,
                  cpus: Optional[Set[int]]) -> None:
         self.source, self.sink, self.cpus = source, sink, cpus
-        self.sends_time_out = set_options(sink, RELAYED) and len(RELAYED) > len(RESET)
+        set_options(sink, RESET_AT_CLOSE)
+        self.sends_time_out = set_options(sink, SEND_TIMES_OUT) and bool(SEND_TIMES_OUT)
         self.may_splice = hasattr(os, "splice")  # Linux, from Python 3.10
-        self.waiting_on = source
+        self.current = source  # if a system call fails, it was for this socket
         self.sent = 0  # bytes
         self.stopped = False
 
@@ -1057,23 +1050,26 @@ class Flow:
             if not count:
                 return
             self.send(memoryview(buffer)[:count])
-            if count == len(buffer) < LARGE_BUFFER:
-                buffer = bytearray(8 * len(buffer))
-            elif count < len(buffer) // 8:  # the flow has become quiet
-                buffer = bytearray(SMALL_BUFFER)
-            if len(buffer) == LARGE_BUFFER and self.may_splice:
-                buffer = bytearray(SMALL_BUFFER)
+            size = len(buffer)
+            if count == size:
+                size = min(8 * size, LARGE_BUFFER)
+            elif count < size // 8:  # the flow has become quiet
+                size = SMALL_BUFFER
+            if size == LARGE_BUFFER and self.may_splice:
+                size = SMALL_BUFFER
                 self.splice()
+            if size != len(buffer):
+                buffer = bytearray(size)
 
     def send(self, data: memoryview) -> None:
         """Send all of `data`. Raises OSError."""
-        self.waiting_on = self.sink
+        self.current = self.sink
         while data:
-            data = data[self.attempt(self.sink.send, data):]
-        self.waiting_on = self.source
+            data = data[self.send_some(self.sink.send, data):]
+        self.current = self.source
 
-    def attempt(self, send: Callable[..., int], *args: Any) -> int:
-        """Return how many bytes `send` sent, 0 if it was stuck. Raises OSError if stopped."""
+    def send_some(self, send: Callable[..., int], *args: Any) -> int:
+        """Return how many bytes `send` sent, 0 if it timed out. Raises OSError if stopped."""
         if self.stopped:
             raise ConnectionAbortedError
         try:
@@ -1097,11 +1093,11 @@ class Flow:
             count = LARGE_BUFFER
             while count >= BUSY and not self.stopped:
                 count = piped = os.splice(self.source.fileno(), pipe[1], LARGE_BUFFER)
-                self.waiting_on = self.sink
+                self.current = self.sink
                 while piped:
-                    piped -= self.attempt(
+                    piped -= self.send_some(
                         os.splice, pipe[0], self.sink.fileno(), min(piped, SPLICE_PIECE))
-                self.waiting_on = self.source
+                self.current = self.source
         except OSError as error:
             if error.errno not in SPLICE_REFUSED:
                 raise
@@ -1138,38 +1134,16 @@ class Relay:
         Raises NoThreadError, in which case nothing was sent.
         """
         self.reply = reply
-        down_ended = threading.Lock()
+        down_ended = threads.start(self.carry, self.down, lambda: reply)
+        self.carry(self.up, lambda: self.early or self.reader.peek())
         down_ended.acquire()
-        threads.start(self.carry_down, down_ended)
+
+    def carry(self, flow: Flow, first: Callable[[], bytes]) -> None:
+        """Send what `first` returns, copy, and pass on the end of the source, or break off."""
         try:
-            self.carry(self.up, self.copy_up)
-        finally:
-            down_ended.acquire()
-
-    def copy_up(self) -> None:
-        """Copy from the client to the target."""
-        if self.early:
-            self.up.send(memoryview(self.early))
-        self.up.send(memoryview(self.reader.peek()))  # reads if nothing is buffered
-        self.up.copy()
-
-    def copy_down(self) -> None:
-        """Send the reply, and copy from the target to the client."""
-        self.down.send(memoryview(self.reply))
-        self.down.copy()
-
-    def carry_down(self, ended: Any) -> None:
-        """Carry the target's bytes in a thread of its own, and then release `ended`."""
-        try:
-            self.carry(self.down, self.copy_down)
-        finally:
-            ended.release()
-
-    def carry(self, flow: Flow, copy: Callable[[], None]) -> None:
-        """Call `copy`, and pass on the end of the source, or break off."""
-        try:
-            copy()
-            if self.end in CLEAN:
+            flow.send(memoryview(first()))
+            flow.copy()
+            if not self.end or self.end in CLEAN:
                 self.pass_on_end(flow)
         except Exception as error:
             self.break_off(flow, error)
@@ -1177,26 +1151,26 @@ class Relay:
     def pass_on_end(self, flow: Flow) -> None:
         """Half-close the sink. Raises OSError if the source was reset.
 
-        A reset is reported once, perhaps to the other thread while it sent: then this one has read
-        an end, but the socket has no peer. It has none either once both sides have closed it; so
-        this counts only while the other flow runs.
+        The kernel reports a reset only once. If it was reported to the other thread, this one has
+        read an end of file although the source was reset; then getpeername() fails. It also fails
+        after both sides have closed; so the failure counts only while the other flow still runs.
         """
         try:
             flow.source.getpeername()
         except OSError:
-            if self.end not in CLEAN or not self.ends:
+            if self.end not in CLEAN:
                 raise
         self.ends.append("client-closed" if flow is self.up else "target-closed")
-        flow.waiting_on = flow.sink
+        flow.current = flow.sink
         flow.sink.shutdown(socket.SHUT_WR)
-        set_options(flow.sink, CLEAN_END)  # the kernel still delivers what the sink has not read
+        set_options(flow.sink, CLEAN_CLOSE)  # the kernel still delivers what the sink has not read
 
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Note why the relay breaks, and end the other flow, which still delivers what it has."""
         if not isinstance(error, OSError):
             log_failure("relay failed", error)
             self.ends.append("error")
-        elif flow.waiting_on is self.up.source:
+        elif flow.current is self.up.source:
             self.ends.append("client-lost" if isinstance(error, TimeoutError) else "client-reset")
         else:
             self.ends.append("target-lost" if isinstance(error, TimeoutError) else "target-reset")
@@ -1282,16 +1256,16 @@ class Association:
                 selector.register(sock, selectors.EVENT_READ, receive)
             while not self.end:
                 for key, _ in selector.select():
-                    self.attempt(key.data)
+                    self.drop_on_error(key.data)
 
-    def attempt(self, action: Callable[..., None], *args: Any) -> None:
+    def drop_on_error(self, action: Callable[..., None], *args: Any) -> None:
         """Call `action`. A datagram that it cannot relay is dropped; a bug ends the session."""
         try:
             action(*args)
         except (OSError, ProtocolError, RequestError):
             self.count(dropped=1)
         except Exception:
-            set_options(self.control, RESET)
+            set_options(self.control, RESET_AT_CLOSE)
             self.stop("error")
             raise
 
@@ -1316,10 +1290,11 @@ class Association:
         data, source = self.inside.recvfrom(LONGEST_DATAGRAM)
         host, port = Address.of(source)
         if host != self.client.host or port != (self.client.port or port):
-            return
+            return  # a stranger
         datagram = Datagram.read(io.BytesIO(data))
         if datagram.fragment:
-            raise ProtocolError("fragment")
+            self.count(dropped=1)
+            return
         self.client, self.client_sockaddr = Address(host, port), source
         if datagram.address in self.routes or ip_number(datagram.address.host) is not None:
             self.send(datagram)
@@ -1327,9 +1302,10 @@ class Association:
             self.start_look_up(datagram)
 
     def start_look_up(self, datagram: Datagram) -> None:
-        """Send `datagram` in another thread, which may wait for the resolver."""
+        """Send `datagram` in another thread, which may wait for the resolver. Raises OSError."""
         if not self.lookups.acquire(blocking=False):
-            raise ProtocolError("too many look-ups")
+            self.count(dropped=1)
+            return
         try:
             self.threads.start(self.send_to_name, datagram)
         except NoThreadError:
@@ -1339,7 +1315,7 @@ class Association:
     def send_to_name(self, datagram: Datagram) -> None:
         """Send `datagram` to a name, in a thread of its own."""
         try:
-            self.attempt(self.send, datagram)
+            self.drop_on_error(self.send, datagram)
         finally:
             self.lookups.release()
 
@@ -1399,7 +1375,7 @@ class Association:
 
 # ---- handler: one conversation -----------------------------------------------------------
 
-LOGIN_PAUSE = 1.0      # seconds before a failed login is answered
+LOGIN_PAUSE = 1.0      # seconds before a failed login is answered; slows down guessing
 REFUSAL_TIMEOUT = 2.0  # seconds for a refused client to read the answer and close
 BIND_BACKLOG = 8       # connections that wait for BIND to look at them
 EARLY_LIMIT = 65536    # bytes to keep that a client sends while BIND waits
@@ -1431,7 +1407,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     server: "Socks5Server"
     rbufsize = 1024  # bytes, any size but 0 (frames need a buffer); no frame has more than 513
-    log_level = logging.INFO  # of the session's line
+    is_health_check = False  # of a balancer
 
     def setup(self) -> None:
         """Begin a session; from here on the server watches its deadlines."""
@@ -1442,14 +1418,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         self.user = "" if self.settings.users else client.host.partition(UNIX)[2]
         self.sockets = {self.connection}  # `finish` closes them
         self.relay: Any = None  # a Relay or an Association
-        self.progress: Any = None
-        self.reply: Optional[Reply] = None
+        self.last_progress: Any = None
         self.early = b""
-        self.is_admitted = False  # counts for `max_per_user`
-        self.end = ""
-        self.fields: Dict[str, object] = {  # of the line in the log
-            "client": client, "user": self.user, "command": "", "destination": "", "reached": "",
-            "reply": "", "rule": ""}
+        self.client = client
+        self.command = self.rule = self.end = ""
+        self.destination: Any = ""
+        self.reached: Any = ""
+        self.reply: Optional[Reply] = None
         self.rules = self.settings.rules_for(client.host)
         self.is_proxied = self.settings.is_balancer(self.client_address)
         self.start_phase("handshake", self.settings.handshake_timeout)
@@ -1460,76 +1435,84 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Hold the conversation. This is the one place that turns failures into bytes."""
         try:
             if self.is_proxied:
-                self.meet_client()
+                self.read_balancer_header()
             self.negotiate()
             request = Request.read(self.rfile)
         except ProtocolError as error:
             return self.refuse(error.answer, str(error))
         except RequestError as error:
-            return self.fail_request(error)
-        self.log_level = logging.INFO
-        name = request.command_name
-        self.fields["command"], self.fields["destination"] = name, request.destination
+            return self.fail_request(error, "refused")
+        self.command, self.destination = request.command_name, request.destination
         try:
-            self.carry_out(request, getattr(self, "do_" + name, None))
+            self.carry_out(request, getattr(self, "do_" + self.command, None))
+        except (RequestError, OSError) as error:
+            self.fail_request(error, "refused")
+            self.set_end("client-reset")
         except Exception as error:
-            self.fail_request(error)
+            self.fail_request(error, "error")
+            raise
 
     def finish(self) -> None:
         """Close the sockets, and log the session."""
         self.set_end("error")
         try:
-            state = {**self.state(), "end": self.end}
-            self.server.session_ended(self, state)
+            self.server.session_ended(self, self.counts())
         finally:
-            self.server.sessions.discard(self)
             super().finish()
             for sock in self.sockets:
                 sock.close()
-        self.log_message(self.log_level, "session", state)
+        is_routine = self.is_health_check and not self.command
+        self.log_message(logging.DEBUG if is_routine else logging.INFO, "session",
+                         {**self.state(), "end": self.end})
 
     # -- the client, and negotiation
 
-    def meet_client(self) -> None:
-        """Read a balancer's header. One without a client (a health check) is never local."""
-        is_near = is_loopback(Address.of(self.client_address).host)
+    def read_balancer_header(self) -> None:
+        """Learn from a balancer's header who the client is.
+
+        A health check has no client: it is never local, and goes nowhere if clients are limited.
+        """
+        is_local_balancer = is_loopback(self.client.host)
         client = read_proxy_header(self.rfile)
         if client is None:
+            self.is_health_check = True
             self.rules = [DENY_OTHERS] if self.settings.clients else self.settings.rules_for_remote
-            self.log_level = logging.DEBUG
             return
         self.client_address = tuple(client)
-        self.fields["client"] = client = Address.of(client)
-        self.rules = (  # what is local there is not local here
-            self.settings.rules_for(client.host) if is_near else self.settings.rules_for_remote)
-        if not self.server.verify_request(self.connection, self.client_address):
+        self.client = Address.of(client)
+        self.rules = (  # loopback on another host is not loopback here
+            self.settings.rules_for(self.client.host) if is_local_balancer
+            else self.settings.rules_for_remote)
+        if not self.server.admit_client(self.connection, self.client_address):
             raise ProtocolError("rejected")
 
     def negotiate(self) -> None:
         """Agree on a method (section 3), and let the client log in if it is that one."""
         method = self.select_method(read_methods(self.rfile))
-        if method == 0xFF:
+        if method == Method.NO_ACCEPTABLE_METHODS:
             raise ProtocolError("no-acceptable-method", b"\x05\xff")
         self.send(b"\x05%c" % method)
-        if method == 0x02:
+        if method == Method.USERNAME_PASSWORD:
             self.log_in()
 
     def select_method(self, offered: bytes) -> int:
         """Return the `Method` to use, given those `offered`, one byte each (section 3)."""
-        method = 0x00 if self.settings.users is None else 0x02
-        return method if method in offered else 0xFF
+        method = Method.USERNAME_PASSWORD
+        if self.settings.users is None:
+            method = Method.NO_AUTHENTICATION_REQUIRED
+        return method if method in offered else Method.NO_ACCEPTABLE_METHODS
 
     def log_in(self) -> None:
-        """Check a login (RFC 1929). The pause slows down guessing."""
+        """Check a login (RFC 1929). If it is wrong, pause, answer, and hang up."""
         username, password = read_credentials(self.rfile)
         user = username.decode("utf-8", "surrogateescape")
         if not self.authenticate(username, password):
             self.log_message(logging.WARNING, "login failed",
-                             {"client": self.fields["client"], "user": user})
+                             {"client": self.client, "user": user})
             self.start_phase("refusal", LOGIN_PAUSE + REFUSAL_TIMEOUT)
             self.server.closing.wait(LOGIN_PAUSE)
             raise ProtocolError("login-failed", b"\x01\x01")
-        self.fields["user"] = self.user = user
+        self.user = user
         self.send(b"\x01\x00")
 
     def authenticate(self, username: bytes, password: bytes) -> bool:
@@ -1553,34 +1536,35 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
         if self.user and not self.server.admit_user(self):
             raise RequestError(Reply.NOT_ALLOWED)
-        is_udp = request.command == 0x03  # its datagrams have destinations, the request has none
+        is_udp = request.command == Command.UDP_ASSOCIATE  # each datagram has a destination
         if not is_udp and not self.authorize(request.destination):
             raise RequestError(Reply.NOT_ALLOWED)
         method(request.destination)
 
     def is_served(self, command: int) -> bool:
-        """Return True if `command` is enabled, and possible the way that the client came.
+        """Return True if `command` is enabled, and possible for this client.
 
-        A peer cannot reach a path or a balancer, and datagrams need an address of this host.
+        BIND and UDP ASSOCIATE need an address of this host. A path is none; behind a balancer,
+        only `udp_advertise` tells one.
         """
-        is_possible = (
-            command == 0x01 or self.server.address_family != UNIX_FAMILY and (
-                not self.is_proxied or command == 0x03 and self.settings.udp_advertise))
-        return bool(is_possible) and command in self.settings.commands
+        if command not in self.settings.commands:
+            return False
+        if command == Command.CONNECT:
+            return True
+        if self.server.address_family == UNIX_FAMILY:
+            return False
+        return not self.is_proxied or (
+            command == Command.UDP_ASSOCIATE and self.settings.udp_advertise is not None)
 
     def authorize(self, destination: Address) -> bool:
         """Return True if the client may go to `destination`, as it was requested."""
         return True
 
-    def fail_request(self, error: Exception) -> None:
+    def fail_request(self, error: Exception, end: str) -> None:
         """Answer with the reply for `error`, unless there has been a reply."""
-        is_expected = isinstance(error, (RequestError, OSError))
         if self.reply is None:
             self.reply = reply_for(error)
-            self.refuse(pack_reply(self.reply, UNSPECIFIED), "refused" if is_expected else "error")
-        self.set_end("client-reset" if is_expected else "error")
-        if not is_expected:
-            raise error
+            self.refuse(pack_reply(self.reply, UNSPECIFIED), end)
 
     def refuse(self, answer: bytes, end: str) -> None:
         """Send `answer`, if there is one, and give the client time to read it.
@@ -1616,7 +1600,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         half-close. Relay through a ``socket.socketpair()`` instead.
         """
         deadline = time.monotonic() + self.settings.connect_timeout
-        return dial(self.permitted(destination, deadline), deadline, self.prepare)
+        candidates = self.permitted(destination, deadline)
+        keep = self.sockets.copy()
+        try:
+            target = dial(candidates, deadline, self.prepare)
+            keep.add(target)
+            return target
+        finally:
+            self.close_sockets(self.sockets - keep)
 
     def prepare(self, sock: socket.socket) -> None:
         """Own `sock`, which is about to be dialed, and bind it to the source address, if any."""
@@ -1643,12 +1634,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):  # `accept` notices that the client has left
             self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
         target, peer = self.accept(listener, hosts, now + self.settings.bind_timeout)
-        with self.server.lock:
-            listener.close()
+        self.close_sockets({listener})
         self.own_socket(target)
         self.relay_to(target, peer)
 
-    def local_address(self, peer: SocketAddress) -> Any:
+    def local_address(self, peer: Candidate) -> Any:
         """Return the address from which this host reaches `peer`. Raises OSError."""
         with socket.socket(peer[0], socket.SOCK_DGRAM) as sock:
             sock.connect((peer[1][0], 9) + peer[1][2:])  # which sends nothing
@@ -1696,7 +1686,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Relay datagrams (section 7); the client sends them from the port of `destination`."""
         settings, here = self.settings, self.connection.getsockname()
         if self.is_proxied:  # the balancer has reached another address than clients can
-            here = ("::", 0, 0, 0) if ":" in str(settings.udp_advertise) else ("0.0.0.0", 0)
+            here = ("::", 0, 0, 0) if ":" in (settings.udp_advertise or "") else ("0.0.0.0", 0)
         inside = self.open_socket(socket.SOCK_DGRAM, here, settings.udp_ports)
         outside = open_outside(settings.source)
         self.own_socket(outside)
@@ -1719,9 +1709,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def relay_to(self, target: socket.socket, sockaddr: Any) -> None:
         """Reply with the address in `sockaddr`, and relay between the client and `target`."""
         target.setblocking(True)
-        set_options(target, TUNED)
+        set_options(target, TCP_OPTIONS)
         with contextlib.suppress(OSError):  # it may be gone already
-            self.fields["reached"] = Address.of(target.getpeername())
+            self.reached = Address.of(target.getpeername())
         self.run_relay(Relay(self.connection, target, self.rfile, self.early, self.server.cpus),
                        Address.of(sockaddr))
 
@@ -1740,7 +1730,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     # -- destinations
 
-    def permitted(self, destination: Address, deadline: float) -> List[SocketAddress]:
+    def permitted(self, destination: Address, deadline: float) -> List[Candidate]:
         """Return the addresses of `destination` that the rules allow, best first.
 
         A name is resolved by `deadline` (monotonic clock). Raises RequestError if no address is
@@ -1754,13 +1744,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             return [(family, tuple(destination))]
         allowed = []
         if rule.allows:
-            for address in self.server.resolver.look_up(name, destination.port, deadline):
-                host, port = Address.of(address[1])
+            for candidate in self.server.resolver.look_up(name, destination.port, deadline):
+                host, port = Address.of(candidate[1])
                 rule = self.rule_for(name, ip_number(host), port)
                 if rule.allows:
-                    allowed.append(address)
+                    allowed.append(candidate)
         if not allowed:
-            self.fields["rule"] = rule.text
+            self.rule = rule.text
             raise RequestError(Reply.NOT_ALLOWED)
         return allowed
 
@@ -1782,44 +1772,57 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with self.server.lock:
             self.sockets.add(sock)
 
+    def close_sockets(self, sockets: Set[socket.socket]) -> None:
+        """Close `sockets` of the session. The lock keeps `hang_up` from waking a closed one."""
+        with self.server.lock:
+            self.sockets -= sockets
+            for sock in sockets:
+                sock.close()
+
     def set_end(self, end: str) -> None:
         """Set the reason for the end of the session, one of ENDS, unless it is already set."""
         self.end = self.end or end
 
     def start_phase(self, name: str, seconds: float) -> None:
         """Start a phase, or start it anew; it may last `seconds`."""
-        now = time.monotonic() - self.server.paused
+        now = self.server.clock()
         self.phase = Phase(name, now, now + seconds)
 
     def check_deadline(self, now: float) -> None:
         """Hang up if the phase has lasted too long. A relay's progress starts it anew."""
         if self.relay and self.phase.name != "closing":
             progress = self.relay.progress()
-            if progress != self.progress:
-                self.progress = progress
+            if progress != self.last_progress:
+                self.last_progress = progress
                 self.start_phase(*self.relay.phase(self.settings))
-        name, _, deadline = self.phase
-        if now >= deadline:
-            self.hang_up(name + "-timeout")
+        if now >= self.phase.deadline:  # handshake-, idle-, linger- or udp-timeout
+            self.hang_up(self.phase.name + "-timeout")
 
     def hang_up(self, end: str) -> None:
         """Wake the threads of the session, which then end it; called from another thread.
 
-        Repeat it until they have: a thread may have been about to wait on a new socket.
+        A session in the phases connect and bind may open another socket afterwards: there,
+        repeat it until the session has ended.
         """
         self.set_end(end)
         self.start_phase("closing", NEVER)
         if self.relay:
             self.relay.stop(end)
         with self.server.lock:
-            for sock in self.sockets if self in self.server.sessions else ():
-                wake(sock, socket.SHUT_RD)
+            if self in self.server.sessions:  # otherwise `finish` closes them
+                for sock in self.sockets:
+                    wake(sock, socket.SHUT_RD)
+
+    def counts(self) -> Dict[str, int]:
+        """Return how many bytes, and datagrams, went up and down."""
+        return self.relay.counts if self.relay else {"up": 0, "down": 0}
 
     def state(self) -> Dict[str, object]:
         """Return the fields of the session's line in the log."""
-        counts = self.relay.counts if self.relay else {"up": 0, "down": 0}
-        return {**self.fields, "reply": self.reply.name if self.reply is not None else "", **counts,
-                "seconds": "%.3f" % (time.monotonic() - self.started)}
+        return {"client": self.client, "user": self.user, "command": self.command,
+                "destination": self.destination, "reached": self.reached,
+                "reply": "" if self.reply is None else self.reply.name, "rule": self.rule,
+                **self.counts(), "seconds": "%.3f" % (time.monotonic() - self.started)}
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
         """Log `event` with `fields`, at a level of `logging`.
@@ -1845,8 +1848,8 @@ NOTICE = 25              # level of the log for what an operator has asked for
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 SPARE_DESCRIPTORS = 16   # for what is not a session's
 IS_LINUX = sys.platform.startswith("linux")
-ACCEPTING = seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else []
-ACCEPTED = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # accept() passes it on
+ACCEPT_TIMES_OUT = seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else []
+NO_TIMEOUT = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # an accepted socket inherits it
 
 
 def session_limit() -> int:
@@ -1857,6 +1860,11 @@ def session_limit() -> int:
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(1, (limit - SPARE_DESCRIPTORS) // 2)
+
+
+def has_room(names: Mapping[Any, str], name: str, limit: int) -> bool:
+    """Return True if `name` is fewer than `limit` times among the values of `names`."""
+    return limit == sys.maxsize or list(names.values()).count(name) < limit
 
 
 def remove_stale_socket(path: str) -> None:
@@ -1912,6 +1920,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
         self.connections: Dict[Any, str] = {}  # clients' hosts by socket, "" before the checks
+        self.users: Dict[Socks5RequestHandler, str] = {}  # by session, after the login
         self.connection_closed = threading.Condition(self.lock)
         self.totals: Dict[str, int] = collections.Counter()
         self.threads = ThreadCache()
@@ -1932,7 +1941,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if listener:
             self.socket.close()
             self.socket = listener
-            self.set_options()
+            self.set_listener_options()
 
     # -- accepting
 
@@ -1941,44 +1950,53 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if self.server_address[0] == "::":
             with contextlib.suppress(AttributeError, OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        path = self.server_address if isinstance(self.server_address, str) else None
-        if path:
-            remove_stale_socket(path)
-            umask = os.umask(0o777 & ~self.mode)
-        try:
+        if isinstance(self.server_address, str):
+            self.bind_path(self.server_address)
+        else:
             super().server_bind()
-        finally:
-            if path:
-                os.umask(umask)
-        if path:
-            self.path_owner = os.getpid(), os.stat(path)[1:3]
-        self.set_options()
+        self.set_listener_options()
 
-    def set_options(self) -> None:
+    def bind_path(self, path: str) -> None:
+        """Bind the socket to `path`."""
+        remove_stale_socket(path)
+        umask = os.umask(0o777 & ~self.mode)
+        try:
+            self.socket.bind(path)
+        finally:
+            os.umask(umask)
+        self.path_owner = os.getpid(), os.stat(path)[1:3]
+
+    def set_listener_options(self) -> None:
         """Set the options of the listening socket; clients' sockets inherit them."""
-        set_options(self.socket, TUNED)
-        set_options(self.socket, ACCEPTING)
+        set_options(self.socket, TCP_OPTIONS)
+        set_options(self.socket, ACCEPT_TIMES_OUT)
 
     def accept_forever(self) -> None:
         """Accept clients while `is_accepting`, then the queued ones, and stop listening.
 
-        Other processes accept on the same socket: Linux wakes one of all that wait in accept(), in
-        turn, but each of all that wait in a selector.
+        Several processes accept on one socket. If they wait in accept(), Linux wakes one of them
+        for each client; if they wait in a selector, it wakes all of them.
         """
         self.timeout = ACCEPT_TIMEOUT
+        accept_one = self._handle_request_noblock if IS_LINUX else self.handle_request
         while self.is_accepting:
             try:
-                self._handle_request_noblock() if IS_LINUX else self.handle_request()
+                accept_one()
             except Exception:  # no memory even to handle another error
                 time.sleep(EXHAUSTION_PAUSE)
-        if not self.is_inherited:  # or else the next server on this socket serves them
+        if not self.is_inherited:  # systemd keeps such a socket, and its queue, for the next server
             self.remove_path()
-            with Selector() as selector:
-                selector.register(self.socket, selectors.EVENT_READ)
-                for _ in range(self.request_queue_size):
-                    if selector.select(0):
-                        self._handle_request_noblock()
+            self.accept_queued()
         self.socket.close()
+
+    def accept_queued(self) -> None:
+        """Accept the clients that have connected already."""
+        with Selector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            for _ in range(self.request_queue_size):
+                if not selector.select(0):
+                    return
+                self._handle_request_noblock()
 
     def remove_path(self) -> None:
         """Remove the path that this process listens on, if it is still the same one."""
@@ -1995,7 +2013,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             return
         try:
             if (self.settings.is_balancer(client_address)  # its client is not known yet
-                    or self.verify_request(request, client_address)):
+                    or self.admit_client(request, client_address)):
                 self.process_request(request, client_address)
             else:
                 self.shutdown_request(request)
@@ -2004,37 +2022,46 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             self.shutdown_request(request)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a client. If descriptors are used up, pause: ``socketserver`` would spin."""
+        """Accept a client. Raises OSError if there is none, or no room for it.
+
+        If descriptors are used up, clients wait in the queue, and this pauses between attempts:
+        ``socketserver`` would spin.
+        """
         try:
             if len(self.connections) >= self.session_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             request, client_address = super().get_request()
+        except (BlockingIOError, ConnectionAbortedError):  # nobody has come, or has left again
+            raise
         except (OSError, MemoryError) as error:
-            if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):
-                time.sleep(EXHAUSTION_PAUSE)
-            if getattr(error, "errno", errno.ENOMEM) in EXHAUSTED:
+            time.sleep(EXHAUSTION_PAUSE)
+            if isinstance(error, MemoryError) or error.errno in EXHAUSTED:
                 self.warn("out of file descriptors, not accepting: %s",
-                          getattr(error, "strerror", None) or type(error).__name__)
+                          getattr(error, "strerror", "MemoryError"))
             raise OSError("not accepted") from None
         self.connections[request] = ""
-        set_options(request, ACCEPTED)
+        set_options(request, NO_TIMEOUT)
         if self.address_family == UNIX_FAMILY:
             client_address = UNIX + peer_name(request), 0
         return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Return True to serve a client: its network is allowed, and no limit is reached."""
-        client, settings = Address.of(client_address), self.settings
-        ip = ip_number(client.host) if settings.clients else None
-        if ip is not None and not any(ip in network for network in settings.clients):
-            self.warn("client refused client=%s", client)
+        """Return True if a client may connect from this address."""
+        client = Address.of(client_address)
+        ip = ip_number(client.host) if self.settings.clients else None
+        if ip is None or any(ip in network for network in self.settings.clients):
+            return True
+        self.warn("client refused client=%s", client)
+        return False
+
+    def admit_client(self, request: Any, client_address: Any) -> bool:
+        """Return True, and count the client, if it may connect and no limit is reached."""
+        if not self.verify_request(request, client_address):
             return False
+        client, settings = Address.of(client_address), self.settings
         with self.lock:
             is_full = len(self.connections) > settings.max_sessions
-            of_client = 0
-            if settings.max_per_client < sys.maxsize:
-                of_client = list(self.connections.values()).count(client.host)
-            if not is_full and of_client < settings.max_per_client:
+            if not is_full and has_room(self.connections, client.host, settings.max_per_client):
                 self.connections[request] = client.host
                 return True
         self.warn("too many sessions client=%s" if is_full else
@@ -2044,14 +2071,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def admit_user(self, session: Socks5RequestHandler) -> bool:
         """Return True, and count `session`, if its user has fewer sessions than `max_per_user`."""
         with self.lock:
-            session.is_admitted = (
-                session.settings.max_per_user == sys.maxsize  # do not look at thousands of them
-                or session.settings.max_per_user > sum(
-                    each.is_admitted and each.user == session.user for each in self.sessions))
-        if not session.is_admitted:
-            self.warn("too many sessions of a user client=%s user=%s",
-                      session.fields["client"], escape(session.user))
-        return session.is_admitted
+            if has_room(self.users, session.user, session.settings.max_per_user):
+                self.users[session] = session.user
+                return True
+        self.warn("too many sessions of a user client=%s user=%s",
+                  session.client, escape(session.user))
+        return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a session in a thread."""
@@ -2078,11 +2103,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def service_actions(self) -> None:
         """Check the deadlines; ``serve_forever`` calls it often. Never raise."""
         try:
-            late = time.monotonic() - self.next_sweep
-            if late >= 0:
-                self.next_sweep += late + SWEEP_INTERVAL
-                self.paused += late if late >= LATE_SWEEP else 0
-                self.for_each_session(Socks5RequestHandler.check_deadline, self.clock())
+            now = time.monotonic()
+            late = now - self.next_sweep
+            if late < 0:
+                return
+            if late >= LATE_SWEEP:
+                self.paused += late
+            self.next_sweep = now + SWEEP_INTERVAL
+            self.for_each_session(Socks5RequestHandler.check_deadline, self.clock())
         except Exception as error:
             with contextlib.suppress(Exception):  # no memory even for that
                 log_failure("checking deadlines failed", error)
@@ -2097,13 +2125,14 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             except Exception as error:
                 self.warn("watching a session failed error=%s", type(error).__name__)
 
-    def session_ended(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
-        """Forget `session`, but add its numbers to the totals."""
+    def session_ended(self, session: Socks5RequestHandler, counts: Mapping[str, int]) -> None:
+        """Forget `session`, but add its counts to the totals."""
         with self.lock:
             self.sessions.discard(session)
+            self.users.pop(session, None)
             self.totals["sessions"] += 1
-            self.totals["up"] += state["up"]
-            self.totals["down"] += state["down"]
+            self.totals["up"] += counts["up"]
+            self.totals["down"] += counts["down"]
             self.totals[session.end] += 1
 
     def warn(self, message: str, *args: object) -> None:
@@ -2175,7 +2204,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is restarted
 SETTLED = 5.0      # seconds; a worker that dies sooner makes the next pause twice as long
-LAST_RESORT = 2.0  # seconds after `drain` at which the process ends, whatever blocks
+HANG_UP_TIME = 1.0  # seconds for sessions to end once the drain is over
+KILL_AFTER = 1.5    # seconds after the drain at which workers that are stuck are killed
+LAST_RESORT = 2.0   # seconds after the drain at which the process ends, whatever blocks
 END_NOW = 0        # what a parent tells its workers at the second signal; no signal has this number
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGCHLD = (getattr(signal, name, None) for name in (
@@ -2195,9 +2226,9 @@ def usable_cpus() -> List[int]:
 def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
     """Run this thread and its children on one CPU; return all CPUs, None if the system refuses.
 
-    Only one thread at a time has the interpreter: on several CPUs, threads wake each other to
-    ask for it in vain. SCHED_BATCH keeps a thread that a packet wakes from preempting the one
-    that has the interpreter. A build without the global lock needs neither.
+    Only one thread at a time has the interpreter. On other CPUs, threads would wake up, find it
+    taken, and sleep again. On the same CPU, SCHED_BATCH keeps a thread that a packet wakes from
+    preempting the one that has the interpreter. A build without the global lock needs neither.
     """
     if not hasattr(os, "sched_setaffinity") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
@@ -2321,18 +2352,21 @@ class LogHandler(logging.Handler):
 
 
 class Worker:
-    """A worker process, as its parent sees it. `process` is 0 while there is none."""
+    """A worker process, as its parent sees it. `pid` is 0 while there is none."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.process = 0
+        self.pid = self.status = 0
         self.link: Any = None  # what the parent writes here, the worker reads
         self.started = self.start_at = 0.0
         self.pause = SHORTEST_PAUSE
 
     def has_died(self) -> bool:
-        """Return True if there is no process any more."""
-        return not self.process or os.waitpid(self.process, os.WNOHANG)[0] != 0
+        """Return True if there is no process any more; set `status` to how it ended."""
+        if not self.pid:
+            return True
+        pid, self.status = os.waitpid(self.pid, os.WNOHANG)
+        return pid != 0
 
     def plan_restart(self) -> None:
         """Set when to start the next process: ever later, if they die at once."""
@@ -2340,31 +2374,36 @@ class Worker:
         now = time.monotonic()
         if now - self.started > SETTLED:
             self.pause = SHORTEST_PAUSE
-        log.warning("worker %d died, restarting in %g s", self.process, self.pause)
-        self.process, self.start_at = 0, now + self.pause
+        log.warning("worker died pid=%d signal=%d exit=%d restart_in=%g", self.pid,
+                    os.WTERMSIG(self.status), os.WEXITSTATUS(self.status), self.pause)
+        self.pid, self.start_at = 0, now + self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
 
 class Service:
     """Runs a server until signals stop it, in this process or in worker processes.
 
+    SIGTERM and SIGINT stop accepting; the process ends when no session is left, or after `drain`
+    seconds. At the second one, it ends the sessions at once. SIGHUP reads the settings again: new
+    sessions get them, the others keep theirs. SIGUSR1 logs the live sessions and the totals. If a
+    worker dies, its sessions are reset, and another worker takes its place.
+
     Each process has one loop. It reads the numbers of signals from a socket pair, into which the
     interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which their
-    parent writes what they are to do; its end of file means that the parent has died. A worker
-    heeds only the first signal to stop: a terminal or systemd sends each signal to all processes,
-    and what it means beyond that is for the parent to decide.
-
-    The parent keeps the listening socket open: if a worker dies, the others serve its queue.
+    parent writes what they are to do; its end of file means that the parent has died. A terminal
+    or systemd sends each signal to all processes; so a worker obeys only the first signal to
+    stop, and its parent decides on the rest. The parent keeps the listening socket open: if a
+    worker dies, the others serve its queue.
     """
 
     def __init__(self, server: Socks5Server, workers: int, drain: float,
                  read_settings: Callable[[], Settings]) -> None:
-        self.server, self.drain = server, drain
+        self.server, self.drain_seconds = server, drain
         self.read_settings = read_settings
         self.workers = [Worker(number) for number in range(workers)] if workers > 1 else []
         self.parent: Optional[socket.socket] = None  # in a worker
         self.acceptor: Optional[threading.Thread] = None  # in a process that serves
-        self.end_at = self.overdue_at = NEVER
+        self.end_at = NEVER  # when sessions that are left are ended
         self.has_terminal = os.isatty(0)
 
     def run(self, greeting: str) -> None:
@@ -2390,19 +2429,21 @@ class Service:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Make sure that the process ends in time, even if its loop is stuck."""
-        if number == SIGALRM and time.monotonic() >= self.overdue_at:
+        """Set when the process ends. The loop does the rest, unless it is stuck: then SIGALRM."""
+        if number == SIGALRM and time.monotonic() >= self.end_at + LAST_RESORT:
             self.kill_workers()
             os._exit(0)
-        if number in STOP_SIGNALS:
-            is_second = self.overdue_at < NEVER and not self.parent
-            self.end_within(0 if is_second else self.drain)
+        if number in STOP_SIGNALS and self.end_at == NEVER:
+            self.end_within(self.drain_seconds)
+        elif number in STOP_SIGNALS and not self.parent:
+            self.end_within(0)
 
     def end_within(self, seconds: float) -> None:
-        """Have SIGALRM end the process LAST_RESORT after `seconds`, or sooner if it will anyway."""
-        self.overdue_at = min(self.overdue_at, time.monotonic() + seconds + LAST_RESORT)
+        """End the sessions after `seconds`, and the process LAST_RESORT later, whatever blocks."""
+        now = time.monotonic()
+        self.end_at = min(self.end_at, now + seconds)
         if SIGALRM:
-            remaining = self.overdue_at - time.monotonic()
+            remaining = self.end_at + LAST_RESORT - now
             signal.setitimer(signal.ITIMER_REAL, min(1e6, max(SHORT_WAIT, remaining)))
 
     def start_serving(self, number: int) -> None:
@@ -2425,14 +2466,14 @@ class Service:
                     time.sleep(EXHAUSTION_PAUSE)
                     with contextlib.suppress(Exception):  # no memory even for that
                         self.server.warn("service failed error=%s", type(error).__name__)
-        self.server.end_sessions(LAST_RESORT / 2)
+        self.server.end_sessions(HANG_UP_TIME)
         self.server.remove_path()
-        os._exit(0)  # the interpreter's own end could wait for a thread, and dies of a signal
+        os._exit(0)  # the interpreter's shutdown waits for threads, and a signal may kill it
 
     def interval(self) -> float:
         """Return the seconds until the loop looks again at what no descriptor announces."""
-        is_waiting = self.end_at < NEVER or not all(worker.process for worker in self.workers)
-        return CLOSING_INTERVAL if is_waiting else SWEEP_INTERVAL
+        is_complete = all(worker.pid for worker in self.workers)
+        return SWEEP_INTERVAL if self.server.is_accepting and is_complete else CLOSING_INTERVAL
 
     def read_numbers(self, selector: selectors.BaseSelector, source: Any) -> None:
         """Obey the numbers that can be read; an end of file is a SIGTERM of the parent."""
@@ -2444,7 +2485,7 @@ class Service:
 
     def is_done(self) -> bool:
         """Return True if the service has been stopped and nothing is left to wait for."""
-        if self.end_at == NEVER or self.workers:
+        if self.server.is_accepting or self.workers:
             return False
         if self.acceptor is None or time.monotonic() >= self.end_at:
             return True
@@ -2456,10 +2497,9 @@ class Service:
         """Obey a signal or END_NOW. In a worker, only its parent gives orders."""
         if number == SIGHUP and os.isatty(0) != self.has_terminal:
             number = signal.SIGTERM  # the terminal is gone, like that of an ssh connection
-        if number in STOP_SIGNALS and self.end_at == NEVER:
+        if number in STOP_SIGNALS and self.server.is_accepting:
             self.stop()
         elif number == END_NOW or number in STOP_SIGNALS and not self.parent:
-            self.end_at = time.monotonic()
             self.end_within(0)
             self.tell_workers(END_NOW)
         elif number == SIGUSR1 and is_order:
@@ -2472,16 +2512,16 @@ class Service:
     def tell_workers(self, word: int) -> None:
         """Send `word`, the number of a signal or END_NOW, to the workers."""
         for worker in self.workers:
-            if worker.process:
+            if worker.pid:
                 with contextlib.suppress(OSError):  # it has died
                     worker.link.send(bytes([word]))
 
     def kill_workers(self) -> None:
         """Kill the workers that are left."""
         for worker in self.workers:
-            if worker.process:
+            if worker.pid:
                 with contextlib.suppress(OSError):
-                    os.kill(worker.process, signal.SIGKILL)
+                    os.kill(worker.pid, signal.SIGKILL)
 
     def reload(self) -> None:
         """Read the settings again, here and, if they are valid, in the workers."""
@@ -2495,9 +2535,8 @@ class Service:
         notify("READY=1")
 
     def stop(self) -> None:
-        """Stop accepting, and let the sessions go on for `drain` seconds."""
-        self.end_at = time.monotonic() + self.drain
-        self.end_within(self.drain)
+        """Stop accepting, and let the sessions go on for `drain_seconds`."""
+        self.end_within(self.drain_seconds)
         self.server.is_accepting = False
         if not self.parent:
             announce("Shutting down.")
@@ -2513,15 +2552,15 @@ class Service:
     def look_after_workers(self) -> None:
         """Start missing workers. At the end, kill stuck ones."""
         now = time.monotonic()
-        if self.end_at < NEVER:
+        if not self.server.is_accepting:
             self.workers = [worker for worker in self.workers if not worker.has_died()]
-            if now >= self.end_at + 0.75 * LAST_RESORT:
+            if now >= self.end_at + KILL_AFTER:
                 self.kill_workers()
             return
         for worker in self.workers:
-            if worker.process and worker.has_died():
+            if worker.pid and worker.has_died():
                 worker.plan_restart()
-            if not worker.process and now >= worker.start_at:
+            if not worker.pid and now >= worker.start_at:
                 try:
                     self.start_worker(worker)
                 except OSError as error:
@@ -2535,8 +2574,8 @@ class Service:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child would write into our pair
         try:
             worker.started = time.monotonic()
-            worker.process = os.fork()
-            if not worker.process:
+            worker.pid = os.fork()
+            if not worker.pid:
                 self.become_worker(worker.number, theirs)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -2556,7 +2595,7 @@ class Service:
         except Exception as error:
             log_failure("worker failed", error)
         finally:
-            os._exit(0)
+            os._exit(1)
 
 
 # ---- command line ------------------------------------------------------------------------
@@ -2577,13 +2616,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: List[str]) -> argparse.Namespace:
         """Return the options in `arguments`, with those of each @FILE in its place."""
-        return self.parse_args(self.expand(arguments))
+        options, unknown = self.parse_known_args(self.expand(arguments))
+        self.reject(unknown)
+        return options
+
+    def reject(self, unknown: List[str]) -> None:
+        """Raise ValueError if there are unknown arguments. It quotes no value: see `parse_port`."""
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            self.error("unknown option " + option if option[:1] == "-" else "more than one port")
 
     def expand(self, arguments: List[str]) -> List[str]:
         """Return `arguments` with the content of each @FILE in its place."""
         expanded: List[str] = []
         for argument in arguments:
-            self.check_option(argument)
             expanded += self.read_file(argument[1:]) if argument.startswith("@") else [argument]
         return expanded
 
@@ -2593,22 +2639,22 @@ class Parser(argparse.ArgumentParser):
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    arguments += self.expand(shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
+                    words = self.expand(shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
+                    self.reject(self.unknown(words))
                 except ValueError as error:
                     raise ValueError("%s, line %d: %s" % (path, number, error)) from None
+                arguments += words
         return arguments
 
-    def check_option(self, word: str) -> None:
-        """Raise ValueError if `word` is an unknown option: it would shift what comes after it."""
-        unknown: List[str] = []
-        with contextlib.suppress(ValueError):  # a known option lacks its argument
-            unknown = self.parse_known_args([word])[1] if word.startswith("-") else []
-        if unknown:
-            self.error("unknown option %s" % word.partition("=")[0])
+    def unknown(self, words: List[str]) -> List[str]:
+        """Return the unknown arguments among the `words` of a line."""
+        with contextlib.suppress(ValueError):  # a known option, with its value in the next line
+            return self.parse_known_args(words)[1]
+        return []
 
 
-def number(convert: Callable[[str], float], least: float, most: float,
-           kind: str = "") -> Callable[[str], Any]:
+def number_type(convert: Callable[[str], float], least: float, most: float,
+                kind: str = "") -> Callable[[str], Any]:
     """Return a type for argparse. What is not a number may be a password: do not quote it."""
     def converted(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -2619,29 +2665,13 @@ def number(convert: Callable[[str], float], least: float, most: float,
     return converted
 
 
-amount = number(int, 1, 1e6)
-file_mode = number(lambda text: int(text, 8), 0, 0o777, "permissions like 0660")
-seconds = number(float, 0.001, 1e9)
+count_type = number_type(int, 1, 1e6)
+mode_type = number_type(lambda text: int(text, 8), 0, 0o777, "permissions like 0660")
+seconds_type = number_type(float, 0.001, 1e9)
 
 
-def port_number(text: str) -> int:
-    """A port, for argparse."""
-    host, _, port = text.rpartition(":")
-    has_port = port.isdigit() and ip_number(text) is None
-    words = [host.strip("[]"), port] if has_port else [text.strip("[]")]
-    if ip_number(words[0]) is not None:  # nothing else is quoted: it might be a password
-        raise argparse.ArgumentTypeError(
-            "an address goes before the port: socks5.py -b " + " ".join(words))
-    return int(number(int, 0, 65535)(text))
-
-
-def no_such_option(text: str) -> int:
-    """The error for an option that others have for the port, for argparse."""
-    raise argparse.ArgumentTypeError("the port is an argument of its own: socks5.py 1080")
-
-
-def network(text: str) -> str:
-    """An address or a network, for argparse."""
+def network_type(text: str) -> str:
+    """Check an address or a network, for argparse."""
     try:
         parse_network(text)
     except ValueError as error:
@@ -2649,32 +2679,54 @@ def network(text: str) -> str:
     return text
 
 
-def port_range(text: str) -> Iterable[int]:
-    """FIRST-LAST or a single port, for argparse."""
+def port_range_type(text: str) -> Iterable[int]:
+    """Return the ports of FIRST-LAST or PORT, for argparse."""
     first, _, last = text.partition("-")
-    port = number(int, 1, 65535)
-    ports = range(port(first), port(last or first) + 1)
+    port_type = number_type(int, 1, 65535)
+    ports = range(port_type(first), port_type(last or first) + 1)
     if not ports:
         raise argparse.ArgumentTypeError("the first port is behind the last one")
     return ports
 
 
-def worker_count(text: str) -> int:
-    """A number of workers, for argparse."""
-    return len(usable_cpus()) if text == "auto" else int(amount(text))
+def workers_type(text: str) -> int:
+    """Return a number of workers, for argparse."""
+    return len(usable_cpus()) if text == "auto" else int(count_type(text))
 
 
-def bind_address(text: str) -> str:
-    """An address or a path to listen on, for argparse."""
+def split_port(text: str) -> Tuple[str, str]:
+    """Return the host without brackets, and the port, "" if there is none."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or ip_number(text) is not None:
+        host, port = text, ""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, port
+
+
+def bind_type(text: str) -> str:
+    """Return an address or a path to listen on, for argparse."""
     if "/" in text:
         return text
-    address = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    host, _, port = text.rpartition(":")
-    host = host.strip("[]")
-    if ip_number(address) is None and port.isdigit() and host:
+    host, port = split_port(text)
+    if port:
         raise argparse.ArgumentTypeError(
             "%s: the port is an argument of its own: socks5.py -b %s %s" % (text, host, port))
-    return address
+    return host
+
+
+def no_such_option(text: str) -> int:
+    """Reject the option that others have for the port, for argparse."""
+    raise argparse.ArgumentTypeError("the port is an argument of its own: socks5.py 1080")
+
+
+def parse_port(text: str) -> int:
+    """Return the port. Raises ValueError. It quotes addresses only: else, it may be a password."""
+    host, port = split_port(text)
+    if ip_number(host) is not None:
+        raise ValueError("an address goes before the port: socks5.py -b %s %s" % (
+            host, port or PORT))
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError("argument port: not a number from 0 to 65535")
+    return int(text)
 
 
 LIMITS = [
@@ -2695,13 +2747,13 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for who may connect, and where to."""
     add = parser.add_argument_group("who may use it").add_argument
     add("--users", metavar="FILE", help="require a login; FILE has a line name:password per user")
-    add("--client", metavar="NETWORK", dest="clients", action="append", type=network,
+    add("--client", metavar="NETWORK", dest="clients", action="append", type=network_type,
         help="accept clients from NETWORK only; repeatable")
     add("--open", action="store_true", help="let everybody use a proxy that others can reach")
-    add("--proxy-from", metavar="NETWORK", action="append", type=network,
+    add("--proxy-from", metavar="NETWORK", action="append", type=network_type,
         help="expect a PROXY header from balancers in NETWORK; repeatable")
     for option, meaning in LIMITS:
-        add(option, metavar="N", type=amount, help=meaning)
+        add(option, metavar="N", type=count_type, help=meaning)
     add = parser.add_argument_group("where they may go").add_argument
     add("--allow", metavar="RULE", dest="rules", action="append", type="allow {}".format,
         help="allow RULE, [USER@]HOST[:PORT[-PORT]]; the first --allow or --deny that matches "
@@ -2717,16 +2769,16 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 def add_serving_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for where to listen, and how to serve."""
     add: Any = parser.add_argument_group("serving").add_argument
-    add("port", nargs="?", type=port_number,
+    add("port", nargs="?",
         help="port to listen on; 0 picks a free one (default: %d)" % PORT)
-    add("-b", "--bind", metavar="ADDRESS", type=bind_address,
+    add("-b", "--bind", metavar="ADDRESS", type=bind_type,
         help="address to listen on; 0.0.0.0 is all IPv4, :: is everything, and PATH with a slash "
         "is a Unix socket (default: %s)" % HOST)
-    add("--mode", metavar="MODE", type=file_mode, default=0o600,
+    add("--mode", metavar="MODE", type=mode_type, default=0o600,
         help="permissions of a Unix socket (default: 0600)")
-    add("--workers", metavar="N", type=worker_count, default=1,
+    add("--workers", metavar="N", type=workers_type, default=1,
         help="processes that serve; auto is one per CPU (default: %(default)s)")
-    add("--drain", metavar="S", type=number(float, 0, 1e9), default=5.0,
+    add("--drain", metavar="S", type=number_type(float, 0, 1e9), default=5.0,
         help="seconds for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
 
 
@@ -2745,10 +2797,10 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("timeouts in seconds").add_argument
     for option, meaning in TIMEOUTS:
         default = DEFAULTS[option[2:].replace("-", "_")]
-        add(option, metavar="S", type=seconds, help="%s (default: %s)" % (
+        add(option, metavar="S", type=seconds_type, help="%s (default: %s)" % (
             meaning, "never" if default is None else "%g" % default))
     add = parser.add_argument_group("datagrams").add_argument
-    add("--udp-ports", metavar="FIRST-LAST", type=port_range,
+    add("--udp-ports", metavar="FIRST-LAST", type=port_range_type,
         help="ports that clients send datagrams to (default: any free port)")
     add("--udp-advertise", metavar="ADDRESS",
         help="address that clients send datagrams to (default: where they connected)")
@@ -2761,7 +2813,7 @@ def make_parser() -> Parser:
 
 
 def is_open(args: argparse.Namespace, address: Any, mode: int) -> bool:
-    """Return True if clients that nobody knows can use a server at `address` without a login."""
+    """Return True if strangers can use a server at `address`, unless it asks for a login."""
     if isinstance(address, str):
         return bool(mode & 0o006)
     return not args.clients and (bool(args.proxy_from) or not is_loopback(address[0]))
@@ -2796,10 +2848,11 @@ def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) ->
         if rule.allows:
             raise ValueError("%s: no such user" % rule.text)
         log.warning("%s: no such user", rule.text)
-    host = rule.text.rpartition("@")[2].partition(":")[2]
-    if host.count(":") > 1 and "[" not in host and host.rpartition(":")[2].isdigit():
-        log.warning("%s is for an IPv6 address and all ports; with a port, write [ADDRESS]:PORT",
-                    rule.text)
+    host = rule.text.partition(":")[2].rpartition("@")[2]
+    address, _, port = host.rpartition(":")
+    if port.isdecimal() and ":" in address and ip_number(address) is not None:
+        log.warning("%s is for the address %s and all ports; for one port, write [%s]:%s",
+                    rule.text, host, address, port)
 
 
 def prepare_process(level: int) -> None:
@@ -2836,7 +2889,8 @@ def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) 
         if args.port is not None:
             raise ValueError("%s is a path: do not give a port" % args.bind)
         return args.bind
-    return HOST if args.bind is None else args.bind, PORT if args.port is None else args.port
+    host = HOST if args.bind is None else args.bind
+    return host, PORT if args.port is None else parse_port(args.port)
 
 
 def greet(server: Socks5Server) -> str:
