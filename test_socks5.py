@@ -3094,8 +3094,7 @@ class EmbeddingTest(SweepTestCase):
     def test_clients_are_chosen_by_verify_request(self):
         class Server(socks5.Socks5Server):
             def verify_request(self, request, client_address):
-                return client_address[0] == "127.0.0.2" and super().verify_request(
-                    request, client_address)
+                return client_address[0] == "127.0.0.2"  # and the limits apply all the same
 
         server = self.serve(kind=Server, max_sessions=1)
         self.assertFalse(self.is_served(server))
@@ -4140,6 +4139,15 @@ class CommandLineTest(ServiceTestCase):
         with self.logged("WARNING") as lines, self.assertRaisesRegex(AssertionError, listens):
             self.main(*users, "--deny", "alice@*")
         self.assertEqual(lines, [])
+
+    def test_rule_that_may_lack_brackets(self):
+        for rule, meant in (("::1:80", "[::1]:80"), ("alice@::1:443", "[::1]:443"), ("::1", None),
+                            ("[::1]:80", None), ("alice@::443", None), ("2001:db8::443", None),
+                            ("127.0.0.1:80", None), ("a.example:80", None)):
+            with self.subTest(rule), self.logged("WARNING") as lines:
+                with self.assertRaisesRegex(AssertionError, "this is not refused"):
+                    self.main("--users", self.file(b"alice:secret\n"), "--deny", rule)
+                self.assertEqual([line.rpartition(" ")[2] for line in lines], [meant] * bool(meant))
 
     def test_options_from_a_file(self):
         with tempfile.TemporaryDirectory() as folder:
