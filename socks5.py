@@ -94,7 +94,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 if sys.platform != "win32":
@@ -299,15 +298,13 @@ class Address(NamedTuple):
         """Read from a frame. Raises RequestError if the address type is unknown."""
         kind = read_exactly(stream, 1)[0]
         if kind == AddressType.DOMAIN_NAME:
-            data = read_exactly(stream, read_exactly(stream, 1)[0] + 2)
-            host = data[:-2].decode("utf-8", "surrogateescape")
+            host = read_counted(stream).decode("utf-8", "surrogateescape")
         elif kind in FAMILIES:
             family, size = FAMILIES[kind]
-            data = read_exactly(stream, size + 2)
-            host = socket.inet_ntop(family, data[:size])
+            host = socket.inet_ntop(family, read_exactly(stream, size))
         else:
             raise RequestError(Reply.ADDRESS_TYPE_NOT_SUPPORTED)
-        return cls(host, data[-2] << 8 | data[-1])
+        return cls(host, int.from_bytes(read_exactly(stream, 2), "big"))
 
     def pack(self) -> bytes:
         """Return the bytes for a frame. `host` must be an IP literal: OSError otherwise."""
@@ -320,11 +317,9 @@ class Address(NamedTuple):
         """Return the address in a sockaddr; mapped IPv4 becomes IPv4, a path 0.0.0.0 port 0."""
         if not isinstance(sockaddr, tuple):
             return UNSPECIFIED
-        host, port = sockaddr[:2]
-        if ":" in host:
-            host = host.partition("%")[0]
-            if host.startswith("::ffff:") and "." in host:
-                host = host[len("::ffff:"):]
+        host, port = sockaddr[0].partition("%")[0], sockaddr[1]
+        if host.startswith("::ffff:") and "." in host:
+            host = host[len("::ffff:"):]
         return cls(host, port)
 
     def __str__(self) -> str:
@@ -349,9 +344,8 @@ class Request(NamedTuple):
     @classmethod
     def read(cls, stream: Any) -> "Request":
         """Read a whole frame, before any of it but the version is judged."""
-        version, command, _reserved = read_exactly(stream, 3)
-        if version != VERSION:
-            raise ProtocolError("not-socks5")
+        read_version(stream, VERSION)
+        command, _reserved = read_exactly(stream, 2)
         return cls(command, Address.read(stream))
 
     @property
@@ -400,8 +394,9 @@ class Datagram(NamedTuple):
 # +-----------+-----+-----+-----+-------+-------+-------+-------+------+
 # |    12     |  1  |  1  |  2  | 4, 16 | 4, 16 |   2   |   2   | Var. |
 # +-----------+-----+-----+-----+-------+-------+-------+-------+------+
-PROXY_LINE = re.compile(
-    r"PROXY (?:UNKNOWN(?: .*)?|TCP(?P<version>[46]) (?P<host>\S+) \S+ (?P<port>\d+) \S+)\r\n")
+PROXY_LINE = re.compile(r"PROXY (?:UNKNOWN(?: .*)?|TCP([46]) (\S+) \S+ (\d{1,5}) \S+)\r\n")
+PROXY_BLOCKS = {  # by FAM: what follows LEN
+    0x11: (socket.AF_INET, "!4s4xH2x"), 0x21: (socket.AF_INET6, "!16s16xH2x")}
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 LONGEST_LINE = 107     # bytes of a header of version 1
 LONGEST_HEADER = 4096  # bytes behind LEN
@@ -414,66 +409,55 @@ def read_proxy_header(stream: Any) -> Optional[Address]:
     """
     first = read_exactly(stream, 1)
     try:
-        if first == b"P":
-            line = first + stream.readline(LONGEST_LINE - 1)
-            if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
-                raise ProtocolError("client-left")
-            return parse_proxy_line(line)
         if first == SIGNATURE[:1]:
             return read_proxy_block(stream)
-    except (OSError, ValueError):  # a connection, a number or an address that is broken
-        pass
-    raise ProtocolError("not-proxy")
+        return read_proxy_line(stream, first)
+    except (OSError, ValueError):  # an address or a number that is broken
+        raise ProtocolError("not-proxy") from None
 
 
-def parse_proxy_line(line: bytes) -> Optional[Address]:
+def read_proxy_line(stream: Any, line: bytes) -> Optional[Address]:
     """Return the address in a header of version 1. Raises ValueError or OSError."""
+    while line[:1] == b"P" and not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+        line += read_exactly(stream, 1)
     match = PROXY_LINE.fullmatch(line.decode("ascii"))
-    if not match or int(match.group("port") or 0) > 65535:
+    if not match or int(match.group(3) or 0) > 65535:
         raise ValueError
-    if not match.group("version"):
+    version, host, port = match.groups()
+    if not version:
         return None
-    family = socket.AF_INET if match.group("version") == "4" else socket.AF_INET6
-    host = socket.inet_ntop(family, socket.inet_pton(family, match.group("host")))
-    return Address(host, int(match.group("port")))
+    family = socket.AF_INET if version == "4" else socket.AF_INET6
+    return Address(socket.inet_ntop(family, socket.inet_pton(family, host)), int(port))
 
 
 def read_proxy_block(stream: Any) -> Optional[Address]:
-    """Return the address in a header of version 2. Raises ValueError or OSError."""
-    head = read_exactly(stream, len(SIGNATURE) + 3)
-    command, kind, length = head[-4], head[-3], int.from_bytes(head[-2:], "big")
-    if head[:-4] != SIGNATURE[1:] or command not in (0x20, 0x21) or length > LONGEST_HEADER:
+    """Return the address in a header of version 2. Raises ValueError."""
+    signature, command, kind, length = struct.unpack("!11sBBH", read_exactly(stream, 15))
+    if signature != SIGNATURE[1:] or command not in (0x20, 0x21) or length > LONGEST_HEADER:
         raise ValueError
     body = read_exactly(stream, length)
-    if command == 0x20 or kind not in (0x11, 0x21):  # LOCAL, or neither TCP4 nor TCP6
+    if command == 0x20 or kind not in PROXY_BLOCKS:  # LOCAL, or neither TCP4 nor TCP6
         return None
-    family, size = FAMILIES[AddressType.IPV4 if kind == 0x11 else AddressType.IPV6]
-    if length < 2 * size + 4:
+    family, layout = PROXY_BLOCKS[kind]
+    if length < struct.calcsize(layout):
         raise ValueError
-    port = int.from_bytes(body[2 * size:2 * size + 2], "big")
-    return Address(socket.inet_ntop(family, body[:size]), port)
+    packed, port = struct.unpack_from(layout, body)
+    return Address(socket.inet_ntop(family, packed), port)
 
 
 # ---- rules: who may connect, where they may go, and for how long -------------------------
 #
 # The first rule that matches a destination decides. Rules apply to each resolved address,
-# together with the requested name. They compare addresses as integers: IPv6 addresses are 0 to
-# 2**128 - 1, and IPv4 addresses come after them. A network is a `range`. An IPv4-mapped IPv6
-# address counts as the IPv4 address.
+# together with the requested name. An IPv4-mapped IPv6 address counts as the IPv4 address.
 
-IPV4_BASE = 1 << 128  # the number of 0.0.0.0
-MAPPED_PREFIX = bytes(10) + b"\xff\xff"  # of an IPv4-mapped IPv6 address (RFC 4291 section 2.5.5)
-
-
-def ip_number(host: str) -> Optional[int]:
-    """Return the number of an IP literal, None for anything else."""
+def parse_ip(host: str) -> Any:
+    """Return an IP literal as an address of `ipaddress`, None for anything else."""
     try:
         packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     except (OSError, ValueError):  # ValueError for a NUL and for surrogates
         return None
-    if len(packed) == 4 or packed.startswith(MAPPED_PREFIX):
-        return IPV4_BASE + int.from_bytes(packed[-4:], "big")
-    return int.from_bytes(packed, "big")
+    ip: Any = ipaddress.ip_address(packed)
+    return ip if ip.version == 4 else ip.ipv4_mapped or ip
 
 
 def encode_name(host: str) -> bytes:
@@ -491,36 +475,32 @@ def encode_name(host: str) -> bytes:
     return name
 
 
-def parse_network(text: str) -> range:
-    """Return the addresses of an IP address or a CIDR network. Raises ValueError."""
-    try:
-        network = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise ValueError("%s: not an address or a network" % text) from None
-    if "/" in text and str(network.network_address) != str(ipaddress.ip_address(
-            text.partition("/")[0])):
+def parse_network(text: str) -> Any:
+    """Return an IP address or a CIDR network as a network of `ipaddress`. Raises ValueError."""
+    network: Any = ipaddress.ip_network(text, strict=False)
+    if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
         raise ValueError("%s: did you mean %s?" % (text, network))
-    first = int(network.network_address)
-    if network.version == 4:
-        first += IPV4_BASE
-    elif network.network_address.ipv4_mapped:
+    if network.version == 6 and network.network_address.ipv4_mapped:
         raise ValueError("%s: write IPv4 addresses as IPv4" % text)
-    return range(first, first + network.num_addresses)
-
-
-LOOPBACK_IPV4, LOOPBACK_IPV6 = parse_network("127.0.0.0/8"), parse_network("::1")
+    return network
 
 
 def is_loopback(host: str) -> bool:
     """Return True if only this host can reach `host`: an IP literal, a name, or UNIX."""
-    ip = ip_number(host)
+    ip = parse_ip(host)
     if ip is None:
         return host == "localhost" or host.startswith(UNIX)
-    return ip in LOOPBACK_IPV4 or ip in LOOPBACK_IPV6
+    return bool(ip.is_loopback)
 
 
-def parse_rule_host(host: str) -> Tuple[Optional[range], bytes]:
-    """Return the addresses or the name that a rule is for: see `Rule`. Raises ValueError."""
+def covers(networks: List[Any], host: str) -> bool:
+    """Return True if `host` is an IP literal in one of `networks`."""
+    ip = parse_ip(host) if networks else None
+    return ip is not None and any(ip in network for network in networks)
+
+
+def parse_rule_host(host: str) -> Tuple[Any, bytes]:
+    """Return the network or the name that a rule is for: see `Rule`. Raises ValueError."""
     if host == "*":
         return None, b""
     last = host.rstrip(".").rpartition(".")[2]
@@ -543,14 +523,14 @@ RULE = re.compile(
 
 
 class Rule(NamedTuple):
-    """Allow or deny `user` ("" is everybody) to go to `ports` of `hosts` or, if None, of `name`.
+    """Allow or deny `user` ("" is everybody) to go to `ports` of `network` or, if None, of `name`.
 
     A `name` of b"" is any host, and one that begins with a dot stands for its subdomains, too.
     """
     text: str  # for the log
     allows: bool
     user: str
-    hosts: Optional[range]
+    network: Any
     name: bytes
     ports: range
 
@@ -565,21 +545,22 @@ class Rule(NamedTuple):
         if not first <= last <= 65535:
             raise ValueError("%r: ports are 0 to 65535" % text)
         try:
-            hosts, name = parse_rule_host(match.group("bracketed") or match.group("host"))
+            network, name = parse_rule_host(match.group("bracketed") or match.group("host"))
         except ValueError as error:
             raise ValueError("%r: %s" % (text, error)) from None
         return cls(text.replace(" ", ":", 1), match.group("verb") == "allow",
-                   match.group("user") or "", hosts, name, range(first, last + 1))
+                   match.group("user") or "", network, name, range(first, last + 1))
 
-    def matches(self, user: str, name: bytes, ip: Optional[int], port: int) -> bool:
+    def matches(self, user: str, name: bytes, ip: Any, port: int) -> bool:
         """Return True if the rule is for `user`, who asked for `name` (b"" for an IP literal).
 
-        If `ip` is None (not resolved yet), return True if the rule might match.
+        If `ip` is None (not resolved yet), a rule for a network matches if it might allow: then
+        a look-up is needed.
         """
         if self.user not in ("", user) or port not in self.ports:
             return False
-        if self.hosts is not None:
-            return ip is None or ip in self.hosts
+        if self.network is not None:
+            return self.allows if ip is None else ip in self.network
         return self.name in (b"", name) or (
             self.name.startswith(b".") and (b"." + name).endswith(self.name))
 
@@ -594,18 +575,6 @@ LINK_LOCAL = built_in("169.254.0.0/16", "fe80::/10")  # a cloud's metadata servi
 OWN_HOST = built_in("127.0.0.0/8", "::1", "0.0.0.0", "::")  # the last two are loopback, too
 ALLOW_OTHERS = Rule.parse("allow *")._replace(text="default")
 DENY_OTHERS = Rule.parse("deny *")._replace(text="default")
-
-
-def deciding_rule(rules: List[Rule], user: str, name: bytes, ip: Optional[int],
-                  port: int) -> Rule:
-    """Return the first rule that matches. The last one in `rules` must match everything.
-
-    If `ip` is None (not resolved yet), return the first rule that might allow, or that denies
-    whatever the address is: then no look-up is needed.
-    """
-    name = name.rstrip(b".")
-    return next(rule for rule in rules if rule.matches(user, name, ip, port) and (
-        ip is not None or rule.allows or rule.hosts is None))
 
 
 def check_credential(what: str, text: str) -> bytes:
@@ -652,14 +621,14 @@ def check_number(name: str, value: Any, kinds: Any = (int, float)) -> Any:
     return value
 
 
-def check_limit(name: str, value: Optional[int]) -> int:
-    """Return `value`, a very large number for None. Raises TypeError or ValueError."""
-    return sys.maxsize if value is None else int(check_number(name, value, int))
+def check_limit(name: str, value: Any, kinds: Any = int) -> Any:
+    """Return `value`, infinity for None. Raises TypeError or ValueError."""
+    return NEVER if value is None else check_number(name, value, kinds)
 
 
 def check_ip(name: str, value: Optional[str]) -> Optional[str]:
     """Return `value`. Raises ValueError if it is neither None nor an IP address."""
-    if value is not None and ip_number(value) is None:
+    if value is not None and parse_ip(value) is None:
         raise ValueError("%s: not an IP address: %s" % (name, value))
     return value
 
@@ -701,8 +670,7 @@ class Settings:
                  source: Optional[str] = None) -> None:
         self.connect_timeout = check_number("connect_timeout", connect_timeout)
         self.handshake_timeout = check_number("handshake_timeout", handshake_timeout)
-        self.idle_timeout = check_number(
-            "idle_timeout", NEVER if idle_timeout is None else idle_timeout)
+        self.idle_timeout = check_limit("idle_timeout", idle_timeout, (int, float))
         self.linger = check_number("linger", linger)
         self.bind_timeout = check_number("bind_timeout", bind_timeout)
         self.udp_timeout = check_number("udp_timeout", udp_timeout)
@@ -734,10 +702,7 @@ class Settings:
 
     def is_balancer(self, client_address: Any) -> bool:
         """Return True if connections from `client_address` begin with a PROXY header."""
-        if not self.proxy_from:
-            return False
-        ip = ip_number(Address.of(client_address).host)
-        return any(ip in network for network in self.proxy_from)
+        return covers(self.proxy_from, Address.of(client_address).host)
 
     def rules_for(self, client: str) -> List[Rule]:
         """Return all rules for a client at this address, the built-in ones included."""
@@ -746,14 +711,12 @@ class Settings:
 
 # ---- threads: used again for the next job ------------------------------------------------
 
-IDLE_TIME = 10.0  # seconds for which a thread waits for another job
+IDLE_TIME = 10.0    # seconds for which a thread waits for another job
+SHORT_WAIT = 0.001  # seconds, because a timeout of 0 would not wait at all
 
 
 class NoThreadError(OSError):
     """The system gives no thread."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EAGAIN, "no thread available")
 
 
 def start_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
@@ -762,7 +725,7 @@ def start_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
         thread = threading.Thread(target=function, args=args, name="socks5", daemon=True)
         thread.start()
     except (RuntimeError, MemoryError):
-        raise NoThreadError from None
+        raise NoThreadError(errno.EAGAIN, "no thread available") from None
     return thread
 
 
@@ -813,10 +776,8 @@ class ThreadCache:
     def next_job(self, jobs: Any) -> Any:
         """Return the next job from the queue `jobs`, None to end the thread."""
         self.idle.append(jobs)
-        try:
-            return jobs.get(timeout=0.001 if self.closed else IDLE_TIME)
-        except Exception:  # Empty, or no memory to wait
-            pass
+        with contextlib.suppress(Exception):  # Empty, or no memory to wait
+            return jobs.get(timeout=SHORT_WAIT if self.closed else IDLE_TIME)
         try:
             self.idle.remove(jobs)
             return None
@@ -842,7 +803,6 @@ class ThreadCache:
 
 ATTEMPT_DELAY = 0.25  # seconds before the next attempt (RFC 8305 section 5)
 MAX_LOOK_UPS = 64     # at the same time, abandoned ones included
-SHORT_WAIT = 0.001    # seconds, because a timeout of 0 would not wait at all
 LONG_WAIT = 3600.0    # seconds; poll() takes no infinity
 
 Candidate = Tuple[int, Tuple[Any, ...]]  # a family, and a sockaddr: what ``connect`` takes for it
@@ -1117,7 +1077,6 @@ class Relay:
         self.reader, self.early = reader, early
         self.up = Flow(client, target, cpus)
         self.down = Flow(target, client, cpus)
-        self.reply = b""
         self.ends: List[str] = []  # of ENDS; two threads append to it
 
     @property
@@ -1133,10 +1092,10 @@ class Relay:
 
         Raises NoThreadError, in which case nothing was sent.
         """
-        self.reply = reply
-        down_ended = threads.start(self.carry, self.down, lambda: reply)
-        self.carry(self.up, lambda: self.early or self.reader.peek())
-        down_ended.acquire()
+        self.down.sent = -len(reply)  # the reply is not the target's
+        up_ended = threads.start(self.carry, self.up, lambda: self.early or self.reader.peek())
+        self.carry(self.down, lambda: reply)
+        up_ended.acquire()
 
     def carry(self, flow: Flow, first: Callable[[], bytes]) -> None:
         """Send what `first` returns, copy, and pass on the end of the source, or break off."""
@@ -1193,7 +1152,7 @@ class Relay:
     @property
     def counts(self) -> Dict[str, int]:
         """Bytes relayed: `up` from the client, `down` from the target."""
-        return {"up": self.up.sent, "down": max(0, self.down.sent - len(self.reply))}
+        return {"up": self.up.sent, "down": max(0, self.down.sent)}
 
     def progress(self) -> Tuple[int, ...]:
         """Return numbers that change when bytes move or a flow ends."""
@@ -1241,7 +1200,7 @@ class Association:
         self.routes: Dict[Address, Any] = {}
         self.hosts: Set[str] = set()  # to which the client has sent
         self.counts = {"up": 0, "down": 0, "datagrams_up": 0, "datagrams_down": 0, "dropped": 0}
-        self.lookups = threading.BoundedSemaphore(LOOKUPS)
+        self.look_ups: List[Any] = []  # locks that are held until each is done
         self.end = ""
 
     def run(self, threads: ThreadCache, reply: bytes) -> None:
@@ -1296,51 +1255,29 @@ class Association:
             self.count(dropped=1)
             return
         self.client, self.client_sockaddr = Address(host, port), source
-        if datagram.address in self.routes or ip_number(datagram.address.host) is not None:
+        self.look_ups = [look_up for look_up in self.look_ups if look_up.locked()]
+        if datagram.address in self.routes or parse_ip(datagram.address.host) is not None:
             self.send(datagram)
+        elif len(self.look_ups) < LOOKUPS:
+            self.look_ups.append(self.threads.start(self.drop_on_error, self.send, datagram))
         else:
-            self.start_look_up(datagram)
-
-    def start_look_up(self, datagram: Datagram) -> None:
-        """Send `datagram` in another thread, which may wait for the resolver. Raises OSError."""
-        if not self.lookups.acquire(blocking=False):
             self.count(dropped=1)
-            return
-        try:
-            self.threads.start(self.send_to_name, datagram)
-        except NoThreadError:
-            self.lookups.release()
-            raise
-
-    def send_to_name(self, datagram: Datagram) -> None:
-        """Send `datagram` to a name, in a thread of its own."""
-        try:
-            self.drop_on_error(self.send, datagram)
-        finally:
-            self.lookups.release()
 
     def send(self, datagram: Datagram) -> None:
-        """Send `datagram` to the first address that takes it, and remember that address.
-
-        IPv4 comes first: nothing tells whether somebody answers, and more services listen on it.
-        """
-        route = self.routes.get(datagram.address)
-        routes = [route] if route else sorted(
-            self.find_routes(datagram.address), key=lambda route: ":" in route[0])
-        for number, route in enumerate(routes, 1):
-            try:
+        """Send `datagram` to the first address that takes it, and remember that address."""
+        known = self.routes.get(datagram.address)
+        for route in [known] if known else self.find_routes(datagram.address):
+            with contextlib.suppress(OSError):
                 self.outside.sendto(datagram.data, self.remember(datagram.address, route))
-                break
-            except (OSError, RequestError):
-                self.routes.pop(datagram.address, None)
-                if number == len(routes):
-                    raise
-        self.count(datagrams_up=1, up=len(datagram.data))
+                self.count(datagrams_up=1, up=len(datagram.data))
+                return
+            self.routes.pop(datagram.address, None)
+        self.count(dropped=1)
 
     def remember(self, destination: Address, route: Any) -> Any:
         """Return `route` as `outside` takes it, and let its host answer from now on."""
         if self.outside.family == socket.AF_INET and ":" in route[0]:
-            raise RequestError(Reply.NETWORK_UNREACHABLE)
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
         if self.outside.family == socket.AF_INET6 and ":" not in route[0]:
             route = "::ffff:" + route[0], route[1]
         with self.lock:
@@ -1523,10 +1460,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def send(self, answer: bytes) -> None:
         """Send a part of the negotiation."""
-        try:
+        with contextlib.suppress(OSError):  # the next read notices that the client has left
             self.wfile.write(answer)
-        except OSError as error:
-            raise ProtocolError("client-left") from error
 
     # -- the request and its reply
 
@@ -1669,7 +1604,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Keep what the client says before there is a relay. Raises OSError if it has left."""
         data = b""
         with contextlib.suppress(ConnectionError):
-            data = self.rfile.read1(EARLY_LIMIT)
+            data = self.rfile.read1(max(EARLY_LIMIT, self.rbufsize))
         if not data:
             self.set_end("client-left")
             raise ConnectionResetError
@@ -1679,7 +1614,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Return True if `peer` is one of `hosts`; if they are None, if the rules allow it."""
         host, port = Address.of(peer)
         if hosts is None:
-            return self.rule_for(b"", ip_number(host), port).allows
+            return self.deciding_rule(b"", parse_ip(host), port).allows
         return host in hosts
 
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
@@ -1736,9 +1671,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         A name is resolved by `deadline` (monotonic clock). Raises RequestError if no address is
         left, OSError if the name cannot be resolved.
         """
-        ip = ip_number(destination.host)
+        ip = parse_ip(destination.host)
         name = encode_name(destination.host) if ip is None else b""
-        rule = self.rule_for(name, ip, destination.port)
+        rule = self.deciding_rule(name, ip, destination.port)
         if ip is not None and rule.allows:
             family = socket.AF_INET6 if ":" in destination.host else socket.AF_INET
             return [(family, tuple(destination))]
@@ -1746,7 +1681,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         if rule.allows:
             for candidate in self.server.resolver.look_up(name, destination.port, deadline):
                 host, port = Address.of(candidate[1])
-                rule = self.rule_for(name, ip_number(host), port)
+                rule = self.deciding_rule(name, parse_ip(host), port)
                 if rule.allows:
                     allowed.append(candidate)
         if not allowed:
@@ -1754,16 +1689,24 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             raise RequestError(Reply.NOT_ALLOWED)
         return allowed
 
-    def rule_for(self, name: bytes, ip: Optional[int], port: int) -> Rule:
-        """Return the rule that decides for this client; see `deciding_rule`."""
-        return deciding_rule(self.rules, self.user, name, ip, port)
+    def deciding_rule(self, name: bytes, ip: Any, port: int) -> Rule:
+        """Return the first rule that matches; the last one matches every destination.
+
+        `name` is b"" for an IP literal, and `ip` is None before a name is resolved.
+        """
+        name = name.rstrip(b".")
+        return next(rule for rule in self.rules if rule.matches(self.user, name, ip, port))
 
     def find_routes(self, destination: Address) -> List[Any]:
-        """Return the addresses for datagrams to `destination`. Raises RequestError or OSError."""
+        """Return the addresses for datagrams to `destination`. Raises RequestError or OSError.
+
+        IPv4 comes first: nothing tells whether somebody answers, and more services listen on it.
+        """
         if not self.authorize(destination):
             raise RequestError(Reply.NOT_ALLOWED)
         deadline = time.monotonic() + self.settings.connect_timeout
-        return [address[1] for address in self.permitted(destination, deadline)]
+        routes = [candidate[1] for candidate in self.permitted(destination, deadline)]
+        return sorted(routes, key=lambda route: ":" in route[0])
 
     # -- deadlines and the end
 
@@ -1830,10 +1773,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         Each value becomes one word of ASCII: nothing from the network can forge a line.
         """
         if log.isEnabledFor(level):
-            words = [event]
-            for name, value in fields.items():
-                words.append("%s=%s" % (name, escape(value)))
-            log.log(level, "%s", " ".join(words))
+            words = ["%s=%s" % (name, escape(value)) for name, value in fields.items()]
+            log.log(level, "%s %s", event, " ".join(words))
 
 
 # ---- server: accepting, limits, deadlines, closing ---------------------------------------
@@ -1852,19 +1793,17 @@ ACCEPT_TIMES_OUT = seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX els
 NO_TIMEOUT = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # an accepted socket inherits it
 
 
-def session_limit() -> int:
-    """Return how many sessions this process has descriptors for: each needs two."""
+def session_limit() -> float:
+    """Return how many sessions this process has descriptors for: most need two."""
     if sys.platform == "win32":
-        return sys.maxsize
+        return NEVER
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY:
-        return sys.maxsize
-    return max(1, (limit - SPARE_DESCRIPTORS) // 2)
+    return NEVER if limit == resource.RLIM_INFINITY else max(1, (limit - SPARE_DESCRIPTORS) // 2)
 
 
-def has_room(names: Mapping[Any, str], name: str, limit: int) -> bool:
+def has_room(names: Mapping[Any, str], name: str, limit: float) -> bool:
     """Return True if `name` is fewer than `limit` times among the values of `names`."""
-    return limit == sys.maxsize or list(names.values()).count(name) < limit
+    return limit == NEVER or list(names.values()).count(name) < limit
 
 
 def remove_stale_socket(path: str) -> None:
@@ -1922,7 +1861,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.connections: Dict[Any, str] = {}  # clients' hosts by socket, "" before the checks
         self.users: Dict[Socks5RequestHandler, str] = {}  # by session, after the login
         self.connection_closed = threading.Condition(self.lock)
-        self.totals: Dict[str, int] = collections.Counter()
+        self.totals: "collections.Counter[str]" = collections.Counter()
         self.threads = ThreadCache()
         self.resolver = Resolver(self.warn)
         self.session_limit = session_limit()
@@ -1986,17 +1925,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 time.sleep(EXHAUSTION_PAUSE)
         if not self.is_inherited:  # systemd keeps such a socket, and its queue, for the next server
             self.remove_path()
-            self.accept_queued()
-        self.socket.close()
-
-    def accept_queued(self) -> None:
-        """Accept the clients that have connected already."""
-        with Selector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
+            self.timeout = 0
             for _ in range(self.request_queue_size):
-                if not selector.select(0):
-                    return
-                self._handle_request_noblock()
+                self.handle_request()
+        self.socket.close()
 
     def remove_path(self) -> None:
         """Remove the path that this process listens on, if it is still the same one."""
@@ -2036,8 +1968,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except (OSError, MemoryError) as error:
             time.sleep(EXHAUSTION_PAUSE)
             if isinstance(error, MemoryError) or error.errno in EXHAUSTED:
-                self.warn("out of file descriptors, not accepting: %s",
-                          getattr(error, "strerror", "MemoryError"))
+                self.warn("not accepting: %s", getattr(error, "strerror", "MemoryError"))
             raise OSError("not accepted") from None
         self.connections[request] = ""
         set_options(request, NO_TIMEOUT)
@@ -2047,9 +1978,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return True if a client may connect from this address."""
-        client = Address.of(client_address)
-        ip = ip_number(client.host) if self.settings.clients else None
-        if ip is None or any(ip in network for network in self.settings.clients):
+        client, networks = Address.of(client_address), self.settings.clients
+        if not networks or client.host.startswith(UNIX) or covers(networks, client.host):
             return True
         self.warn("client refused client=%s", client)
         return False
@@ -2130,10 +2060,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.sessions.discard(session)
             self.users.pop(session, None)
-            self.totals["sessions"] += 1
-            self.totals["up"] += counts["up"]
-            self.totals["down"] += counts["down"]
-            self.totals[session.end] += 1
+            self.totals.update(
+                {"sessions": 1, "up": counts["up"], "down": counts["down"], session.end: 1})
 
     def warn(self, message: str, *args: object) -> None:
         """Log a warning, one of a kind in WARNING_INTERVAL seconds; the next counts the others."""
@@ -2240,8 +2168,8 @@ def stay_on_one_cpu(number: int) -> Optional[Set[int]]:
     return set(cpus)
 
 
-def write_unless_stuck(descriptor: int, text: str) -> bool:
-    """Write `text`; return False if that would block. Raises OSError.
+def write_unless_stuck(descriptor: int, text: str) -> None:
+    """Write `text`. Raises OSError if that fails, or would block.
 
     A pipe that poll() reports as ready takes PIPE_BUF bytes; a file takes any number.
     """
@@ -2252,12 +2180,8 @@ def write_unless_stuck(descriptor: int, text: str) -> bool:
             poll = select.poll()
             poll.register(descriptor, select.POLLOUT)
             if not poll.poll(0):
-                return False
-        try:
-            data = data[os.write(descriptor, data[:piece]):]
-        except BlockingIOError:
-            return False
-    return True
+                raise BlockingIOError
+        data = data[os.write(descriptor, data[:piece]):]
 
 
 def open_without_blocking(descriptor: int) -> int:
@@ -2331,10 +2255,9 @@ class LogHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line for `record`, with a traceback if it has one."""
         moment = time.localtime(record.created)
-        trace = traceback.format_exception(*record.exc_info) if record.exc_info else []
         return "%s.%03d%s %s %s\n" % (
             time.strftime("%Y-%m-%dT%H:%M:%S", moment), record.msecs, time.strftime("%z", moment),
-            record.levelname, record.getMessage()) + "".join(trace)
+            record.levelname, super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line for `record`, and before it how many were dropped."""
@@ -2342,13 +2265,11 @@ class LogHandler(logging.Handler):
             if self.dropped:
                 notice = logging.makeLogRecord({
                     "levelname": "WARNING", "msg": "log lines dropped count=%d" % self.dropped})
-                if write_unless_stuck(self.descriptor, self.format(notice)):
-                    self.dropped = 0
-            if not self.dropped and write_unless_stuck(self.descriptor, self.format(record)):
-                return
-        except Exception:  # a full disk
-            pass
-        self.dropped += 1
+                write_unless_stuck(self.descriptor, self.format(notice))
+                self.dropped = 0
+            write_unless_stuck(self.descriptor, self.format(record))
+        except Exception:  # a reader that does not read, or a full disk
+            self.dropped += 1
 
 
 class Worker:
@@ -2697,7 +2618,7 @@ def workers_type(text: str) -> int:
 def split_port(text: str) -> Tuple[str, str]:
     """Return the host without brackets, and the port, "" if there is none."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or ip_number(text) is not None:
+    if not host or not port.isdecimal() or parse_ip(text) is not None:
         host, port = text, ""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host, port
 
@@ -2721,7 +2642,7 @@ def no_such_option(text: str) -> int:
 def parse_port(text: str) -> int:
     """Return the port. Raises ValueError. It quotes addresses only: else, it may be a password."""
     host, port = split_port(text)
-    if ip_number(host) is not None:
+    if parse_ip(host) is not None:
         raise ValueError("an address goes before the port: socks5.py -b %s %s" % (
             host, port or PORT))
     if not text.isdecimal() or int(text) > 65535:
@@ -2850,7 +2771,7 @@ def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) ->
         log.warning("%s: no such user", rule.text)
     host = rule.text.partition(":")[2].rpartition("@")[2]
     address, _, port = host.rpartition(":")
-    if port.isdecimal() and ":" in address and ip_number(address) is not None:
+    if port.isdecimal() and ":" in address and parse_ip(address) is not None:
         log.warning("%s is for the address %s and all ports; for one port, write [%s]:%s",
                     rule.text, host, address, port)
 
@@ -2859,7 +2780,7 @@ def prepare_process(level: int) -> None:
     """Set up the log, and what a process with thousands of threads needs."""
     logging.addLevelName(NOTICE, "NOTICE")
     handlers = [LogHandler(sys.stderr.fileno())] if sys.stderr else [logging.NullHandler()]
-    logging.basicConfig(level=level, handlers=handlers)
+    logging.basicConfig(level=level, handlers=handlers, format="%(message)s")
     threading.stack_size(STACK_SIZE)
     sys.setswitchinterval(SWITCH_INTERVAL)
     if sys.platform != "win32":
