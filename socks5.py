@@ -75,6 +75,7 @@ import collections
 import contextlib
 import enum
 import errno
+import functools
 import hmac
 import io
 import ipaddress
@@ -317,9 +318,11 @@ class Address(NamedTuple):
         """Return the address in a sockaddr; mapped IPv4 becomes IPv4, a path 0.0.0.0 port 0."""
         if not isinstance(sockaddr, tuple):
             return UNSPECIFIED
-        host, port = sockaddr[0].partition("%")[0], sockaddr[1]
-        if host.startswith("::ffff:") and "." in host:
-            host = host[len("::ffff:"):]
+        host, port = sockaddr[:2]
+        if ":" in host:
+            host = host.partition("%")[0]
+            if host.startswith("::ffff:") and "." in host:
+                host = host[len("::ffff:"):]
         return cls(host, port)
 
     def __str__(self) -> str:
@@ -450,6 +453,7 @@ def read_proxy_block(stream: Any) -> Optional[Address]:
 # The first rule that matches a destination decides. Rules apply to each resolved address,
 # together with the requested name. An IPv4-mapped IPv6 address counts as the IPv4 address.
 
+@functools.lru_cache(maxsize=1024)
 def parse_ip(host: str) -> Any:
     """Return an IP literal as an address of `ipaddress`, None for anything else."""
     try:
@@ -702,7 +706,7 @@ class Settings:
 
     def is_balancer(self, client_address: Any) -> bool:
         """Return True if connections from `client_address` begin with a PROXY header."""
-        return covers(self.proxy_from, Address.of(client_address).host)
+        return bool(self.proxy_from) and covers(self.proxy_from, Address.of(client_address).host)
 
     def rules_for(self, client: str) -> List[Rule]:
         """Return all rules for a client at this address, the built-in ones included."""
@@ -776,8 +780,10 @@ class ThreadCache:
     def next_job(self, jobs: Any) -> Any:
         """Return the next job from the queue `jobs`, None to end the thread."""
         self.idle.append(jobs)
-        with contextlib.suppress(Exception):  # Empty, or no memory to wait
+        try:
             return jobs.get(timeout=SHORT_WAIT if self.closed else IDLE_TIME)
+        except Exception:  # Empty, or no memory to wait
+            pass
         try:
             self.idle.remove(jobs)
             return None
@@ -869,13 +875,22 @@ def interleave(candidates: List[Candidate]) -> List[Candidate]:
     return [candidate for turn in turns for candidate in turn if candidate]
 
 
-def start_attempt(candidate: Candidate, prepare: Prepare, patience: float) -> socket.socket:
-    """Return a socket that has had `patience` seconds to connect; if 0, it is still connecting."""
+def start_attempt(candidate: Candidate, prepare: Prepare) -> socket.socket:
+    """Return a socket that is connecting. Raises OSError."""
     sock = socket.socket(candidate[0], socket.SOCK_STREAM)
     prepare(sock)
-    sock.settimeout(patience)
+    sock.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         sock.connect(candidate[1])
+    return sock
+
+
+def connect_within(seconds: float, candidate: Candidate, prepare: Prepare) -> socket.socket:
+    """Return a connected socket. Raises OSError."""
+    sock = socket.socket(candidate[0], socket.SOCK_STREAM)
+    prepare(sock)
+    sock.settimeout(seconds)
+    sock.connect(candidate[1])
     return sock
 
 
@@ -898,7 +913,7 @@ def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> sock
     the one that is returned are closed. That one has some timeout: set your own. Raises OSError.
     """
     if len(candidates) == 1:  # a selector would cost a tenth of a short session
-        return start_attempt(candidates[0], prepare, seconds_until(deadline))
+        return connect_within(seconds_until(deadline), candidates[0], prepare)
     waiting = collections.deque(enumerate(interleave(candidates)))
     errors: Dict[int, OSError] = {}
     with Selector() as attempts:
@@ -906,7 +921,7 @@ def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> sock
             if waiting:
                 number, candidate = waiting.popleft()
                 try:
-                    attempts.register(start_attempt(candidate, prepare, 0),
+                    attempts.register(start_attempt(candidate, prepare),
                                       selectors.EVENT_WRITE, number)
                 except OSError as error:
                     errors[number] = error
@@ -961,6 +976,7 @@ LINGER_FORMAT = "hh" if sys.platform == "win32" else "ii"
 RESET_AT_CLOSE = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER_FORMAT, 1, 0)))
 CLEAN_CLOSE = existing((socket.SOL_SOCKET, "SO_LINGER", struct.pack(LINGER_FORMAT, 0, 0)))
 SEND_TIMES_OUT = seconds_option("SO_SNDTIMEO", SEND_TIMEOUT)
+RELAYED = RESET_AT_CLOSE + SEND_TIMES_OUT
 
 
 def set_options(sock: socket.socket, options: List[Tuple[int, int, Any]]) -> bool:
@@ -995,8 +1011,7 @@ class Flow:
     def __init__(self, source: socket.socket, sink: socket.socket,
                  cpus: Optional[Set[int]]) -> None:
         self.source, self.sink, self.cpus = source, sink, cpus
-        set_options(sink, RESET_AT_CLOSE)
-        self.sends_time_out = set_options(sink, SEND_TIMES_OUT) and bool(SEND_TIMES_OUT)
+        self.sends_time_out = set_options(sink, RELAYED) and bool(SEND_TIMES_OUT)
         self.may_splice = hasattr(os, "splice")  # Linux, from Python 3.10
         self.current = source  # if a system call fails, it was for this socket
         self.sent = 0  # bytes
@@ -1337,13 +1352,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
     nobody has checked one); `settings`, as they were when the session began; and
-    `server`. They may call `permitted` and `own_socket`. In `authorize`, `connect` and `do_*`, a
-    RequestError is answered with its reply, and an OSError by its errno. Any other exception is
-    logged, and ends this session only.
+    `server`. They may call `permitted` and `own_socket`. Other methods and attributes may change.
+
+    In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply, and an OSError
+    by its errno. Any other exception is logged, and ends this session only.
     """
 
     server: "Socks5Server"
-    rbufsize = 1024  # bytes, any size but 0 (frames need a buffer); no frame has more than 513
+    rbufsize = 1024  # bytes, any size but 0: frames need a buffer, and few have more than 513
     is_health_check = False  # of a balancer
 
     def setup(self) -> None:
@@ -1393,14 +1409,15 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Close the sockets, and log the session."""
         self.set_end("error")
         try:
-            self.server.session_ended(self, self.counts())
+            state = {**self.state(), "end": self.end}
+            self.server.session_ended(self, state)
         finally:
+            self.server.sessions.discard(self)
             super().finish()
             for sock in self.sockets:
                 sock.close()
         is_routine = self.is_health_check and not self.command
-        self.log_message(logging.DEBUG if is_routine else logging.INFO, "session",
-                         {**self.state(), "end": self.end})
+        self.log_message(logging.DEBUG if is_routine else logging.INFO, "session", state)
 
     # -- the client, and negotiation
 
@@ -1460,8 +1477,10 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     def send(self, answer: bytes) -> None:
         """Send a part of the negotiation."""
-        with contextlib.suppress(OSError):  # the next read notices that the client has left
+        try:
             self.wfile.write(answer)
+        except OSError as error:
+            raise ProtocolError("client-left") from error
 
     # -- the request and its reply
 
@@ -1505,6 +1524,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """Send `answer`, if there is one, and give the client time to read it.
 
         A close() with unread bytes of the client would send a reset, which can destroy the answer.
+        When the time is up, `hang_up` starts another phase, and wakes recv().
         """
         self.set_end(end)
         if answer:
@@ -1542,7 +1562,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             keep.add(target)
             return target
         finally:
-            self.close_sockets(self.sockets - keep)
+            for sock in self.sockets - keep:
+                self.close_socket(sock)
 
     def prepare(self, sock: socket.socket) -> None:
         """Own `sock`, which is about to be dialed, and bind it to the source address, if any."""
@@ -1569,7 +1590,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):  # `accept` notices that the client has left
             self.wfile.write(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
         target, peer = self.accept(listener, hosts, now + self.settings.bind_timeout)
-        self.close_sockets({listener})
+        self.close_socket(listener)
         self.own_socket(target)
         self.relay_to(target, peer)
 
@@ -1715,12 +1736,11 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         with self.server.lock:
             self.sockets.add(sock)
 
-    def close_sockets(self, sockets: Set[socket.socket]) -> None:
-        """Close `sockets` of the session. The lock keeps `hang_up` from waking a closed one."""
+    def close_socket(self, sock: socket.socket) -> None:
+        """Close a socket of the session. The lock keeps `hang_up` from waking a closed one."""
         with self.server.lock:
-            self.sockets -= sockets
-            for sock in sockets:
-                sock.close()
+            self.sockets.discard(sock)
+            sock.close()
 
     def set_end(self, end: str) -> None:
         """Set the reason for the end of the session, one of ENDS, unless it is already set."""
@@ -1756,16 +1776,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
                 for sock in self.sockets:
                     wake(sock, socket.SHUT_RD)
 
-    def counts(self) -> Dict[str, int]:
-        """Return how many bytes, and datagrams, went up and down."""
-        return self.relay.counts if self.relay else {"up": 0, "down": 0}
-
     def state(self) -> Dict[str, object]:
         """Return the fields of the session's line in the log."""
+        counts = self.relay.counts if self.relay else {"up": 0, "down": 0}
         return {"client": self.client, "user": self.user, "command": self.command,
                 "destination": self.destination, "reached": self.reached,
                 "reply": "" if self.reply is None else self.reply.name, "rule": self.rule,
-                **self.counts(), "seconds": "%.3f" % (time.monotonic() - self.started)}
+                **counts, "seconds": "%.3f" % (time.monotonic() - self.started)}
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
         """Log `event` with `fields`, at a level of `logging`.
@@ -1978,8 +1995,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return True if a client may connect from this address."""
-        client, networks = Address.of(client_address), self.settings.clients
-        if not networks or client.host.startswith(UNIX) or covers(networks, client.host):
+        networks = self.settings.clients
+        if not networks:
+            return True
+        client = Address.of(client_address)
+        if client.host.startswith(UNIX) or covers(networks, client.host):
             return True
         self.warn("client refused client=%s", client)
         return False
@@ -2055,13 +2075,15 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             except Exception as error:
                 self.warn("watching a session failed error=%s", type(error).__name__)
 
-    def session_ended(self, session: Socks5RequestHandler, counts: Mapping[str, int]) -> None:
-        """Forget `session`, but add its counts to the totals."""
+    def session_ended(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
+        """Forget `session`, but add its numbers to the totals."""
         with self.lock:
             self.sessions.discard(session)
             self.users.pop(session, None)
-            self.totals.update(
-                {"sessions": 1, "up": counts["up"], "down": counts["down"], session.end: 1})
+            self.totals["sessions"] += 1
+            self.totals["up"] += state["up"]
+            self.totals["down"] += state["down"]
+            self.totals[session.end] += 1
 
     def warn(self, message: str, *args: object) -> None:
         """Log a warning, one of a kind in WARNING_INTERVAL seconds; the next counts the others."""
@@ -2100,14 +2122,13 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         with self.connection_closed:
             return self.connection_closed.wait_for(lambda: not self.connections, seconds)
 
-    def end_sessions(self, seconds: float) -> bool:
-        """Hang up on all clients; return False if a session is left after `seconds`."""
+    def end_sessions(self, seconds: float) -> None:
+        """Hang up on all clients, and wait until no session is left, for up to `seconds`."""
         self.closing.set()
         until = time.monotonic() + seconds
-        while not self.drain(0) and time.monotonic() < until:
+        while self.connections and time.monotonic() < until:
             self.for_each_session(Socks5RequestHandler.hang_up, "server-closed")
             self.drain(CLOSING_INTERVAL)
-        return self.drain(0)
 
     def server_close(self) -> None:
         """Stop listening, end the sessions, and wait for their threads."""
@@ -2140,7 +2161,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGCHLD = (getattr(signal, name, None) for name in (
     "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD"))  # Windows has none of them
 SIGNALS: Set[Any] = {*STOP_SIGNALS, SIGHUP, SIGUSR1, SIGALRM, SIGCHLD} - {None}
-IGNORED: Set[Any] = {SIGHUP, SIGUSR1, SIGUSR2, SIGALRM} - {None}  # until the service catches them
+IGNORED: Set[Any] = {SIGHUP, SIGUSR1, SIGUSR2, SIGALRM} - {None}  # unless the service catches it
 SO_DOMAIN = 39  # Linux's number; the module `socket` has no name for it before 3.15
 
 
@@ -2851,7 +2872,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 lambda: read_settings(parser.parse(arguments), address, mode)).run(greet(server))
     except NoThreadError as error:
         print("socks5.py: cannot start: %s" % describe(error), file=sys.stderr)
-    return 1
+    return 1  # what ends well has ended in `Service.run`
 
 
 if __name__ == "__main__":
