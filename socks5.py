@@ -2161,6 +2161,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGCHLD = (getattr(signal, name, None) for name in (
     "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD"))  # Windows has none of them
 SIGNALS: Set[Any] = {*STOP_SIGNALS, SIGHUP, SIGUSR1, SIGALRM, SIGCHLD} - {None}
+WORKER_SIGNALS: Set[Any] = {*STOP_SIGNALS, SIGALRM}  # the parent passes on the others
 IGNORED: Set[Any] = {SIGHUP, SIGUSR1, SIGUSR2, SIGALRM} - {None}  # unless the service catches it
 SO_DOMAIN = 39  # Linux's number; the module `socket` has no name for it before 3.15
 
@@ -2334,7 +2335,7 @@ class Service:
     interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which their
     parent writes what they are to do; its end of file means that the parent has died. A terminal
     or systemd sends each signal to all processes; so a worker obeys only the first signal to
-    stop, and its parent decides on the rest. The parent keeps the listening socket open: if a
+    stop, and its parent decides on the others. The parent keeps the listening socket open: if a
     worker dies, the others serve its queue.
     """
 
@@ -2353,7 +2354,7 @@ class Service:
 
         Raises NoThreadError.
         """
-        self.catch_signals()
+        self.catch_signals(SIGNALS)
         if not self.workers:
             self.start_serving(os.getpid())
         log.info("%s", greeting)
@@ -2361,12 +2362,12 @@ class Service:
         notify("READY=1")
         self.run_loop()
 
-    def catch_signals(self) -> None:
-        """Have the numbers of signals written into a socket pair of this process."""
+    def catch_signals(self, numbers: Set[Any]) -> None:
+        """Have the numbers of these signals written into a socket pair of this process."""
         self.signals, ours = socket.socketpair()
         ours.setblocking(False)
         signal.set_wakeup_fd(ours.detach())
-        for number in SIGNALS:
+        for number in numbers:
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self.on_signal)
 
@@ -2423,7 +2424,7 @@ class Service:
         if not numbers:
             selector.unregister(source)
         for number in numbers or [signal.SIGTERM]:
-            self.obey(number, source is (self.parent or self.signals))
+            self.obey(number)
 
     def is_done(self) -> bool:
         """Return True if the service has been stopped and nothing is left to wait for."""
@@ -2435,8 +2436,8 @@ class Service:
 
     # -- what to obey
 
-    def obey(self, number: int, is_order: bool) -> None:
-        """Obey a signal or END_NOW. In a worker, only its parent gives orders."""
+    def obey(self, number: int) -> None:
+        """Obey a signal, or what the parent tells: the number of a signal, or END_NOW."""
         if number == SIGHUP and os.isatty(0) != self.has_terminal:
             number = signal.SIGTERM  # the terminal is gone, like that of an ssh connection
         if number in STOP_SIGNALS and self.server.is_accepting:
@@ -2444,11 +2445,11 @@ class Service:
         elif number == END_NOW or number in STOP_SIGNALS and not self.parent:
             self.end_within(0)
             self.tell_workers(END_NOW)
-        elif number == SIGUSR1 and is_order:
+        elif number == SIGUSR1:
             self.tell_workers(SIGUSR1)
             if not self.workers:
                 self.server.report()
-        elif number == SIGHUP and is_order:
+        elif number == SIGHUP:
             self.reload()
 
     def tell_workers(self, word: int) -> None:
@@ -2530,7 +2531,9 @@ class Service:
                 sock.close()
             os.environ.pop("NOTIFY_SOCKET", None)  # the parent speaks for the service
             self.workers, self.parent = [], parent
-            self.catch_signals()
+            for ignored in SIGNALS - WORKER_SIGNALS:
+                signal.signal(ignored, signal.SIG_IGN)
+            self.catch_signals(WORKER_SIGNALS)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.start_serving(number)
             self.run_loop()
