@@ -1367,19 +1367,18 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         super().setup()
         self.started = time.monotonic()
         self.settings = self.server.settings
-        client = Address.of(self.client_address)
-        self.user = "" if self.settings.users else client.host.partition(UNIX)[2]
+        self.client = Address.of(self.client_address)
+        self.user = "" if self.settings.users else self.client.host.partition(UNIX)[2]
+        self.rules = self.settings.rules_for(self.client.host)
+        self.is_proxied = self.settings.is_balancer(self.client_address)
         self.sockets = {self.connection}  # `finish` closes them
         self.relay: Any = None  # a Relay or an Association
         self.last_progress: Any = None
-        self.early = b""
-        self.client = client
-        self.command = self.rule = self.end = ""
+        self.early = b""  # what the client sends while BIND waits
+        self.command = self.rule = self.end = ""  # as in the log, like the next ones
         self.destination: Any = ""
         self.reached: Any = ""
         self.reply: Optional[Reply] = None
-        self.rules = self.settings.rules_for(client.host)
-        self.is_proxied = self.settings.is_balancer(self.client_address)
         self.start_phase("handshake", self.settings.handshake_timeout)
         with self.server.lock:
             self.server.sessions.add(self)
@@ -1857,6 +1856,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     that at one second or less. ``server_close``, or the end of a ``with`` block, ends the
     sessions and waits for their threads. A session that waits for the system's resolver cannot
     be woken, and takes up to `connect_timeout`. `running` does all of that for you.
+
+    Besides what ``socketserver`` documents, `drain`, `report` and `running` are there to be
+    called. Other methods and attributes may change.
 
     For thousands of sessions, do what `main` does and this class leaves to you: raise the limit
     of descriptors, make the stacks of threads small, and set a long ``sys.setswitchinterval``,
