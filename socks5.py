@@ -2156,8 +2156,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds before a worker is restarted
 SETTLED = 5.0      # seconds; a worker that dies sooner makes the next pause twice as long
 HANG_UP_TIME = 1.0  # seconds for sessions to end once the drain is over
-KILL_AFTER = 1.5    # seconds after the drain at which workers that are stuck are killed
-LAST_RESORT = 2.0   # seconds after the drain at which the process ends, whatever blocks
+LAST_RESORT = 2.0  # seconds after the drain at which the process ends, whatever blocks
 END_NOW = 0        # what a parent tells its workers at the second signal; no signal has this number
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGCHLD = (getattr(signal, name, None) for name in (
@@ -2376,12 +2375,19 @@ class Service:
     def on_signal(self, number: int, frame: Any) -> None:
         """Set when the process ends. The loop does the rest, unless it is stuck: then SIGALRM."""
         if number == SIGALRM and time.monotonic() >= self.end_at + LAST_RESORT:
-            self.kill_workers()
-            os._exit(0)
+            self.end_now()
         if number in STOP_SIGNALS and self.end_at == NEVER:
             self.end_within(self.drain_seconds)
         elif number in STOP_SIGNALS and not self.parent:
             self.end_within(0)
+
+    def end_now(self) -> None:
+        """Kill the workers that are left, and exit."""
+        for worker in self.workers:
+            if worker.pid:
+                with contextlib.suppress(OSError):  # it has died
+                    os.kill(worker.pid, signal.SIGKILL)
+        os._exit(0)  # the interpreter's shutdown waits for threads, and a signal may kill it
 
     def end_within(self, seconds: float) -> None:
         """End the sessions after `seconds`, and the process LAST_RESORT later, whatever blocks."""
@@ -2413,7 +2419,7 @@ class Service:
                         self.server.warn("service failed error=%s", type(error).__name__)
         self.server.end_sessions(HANG_UP_TIME)
         self.server.remove_path()
-        os._exit(0)  # the interpreter's shutdown waits for threads, and a signal may kill it
+        self.end_now()
 
     def interval(self) -> float:
         """Return the seconds until the loop looks again at what no descriptor announces."""
@@ -2461,13 +2467,6 @@ class Service:
                 with contextlib.suppress(OSError):  # it has died
                     worker.link.send(bytes([word]))
 
-    def kill_workers(self) -> None:
-        """Kill the workers that are left."""
-        for worker in self.workers:
-            if worker.pid:
-                with contextlib.suppress(OSError):
-                    os.kill(worker.pid, signal.SIGKILL)
-
     def reload(self) -> None:
         """Read the settings again, here and, if they are valid, in the workers."""
         notify("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
@@ -2495,12 +2494,10 @@ class Service:
     # -- workers
 
     def look_after_workers(self) -> None:
-        """Start missing workers. At the end, kill stuck ones."""
+        """Start missing workers. After a stop, forget those that have ended."""
         now = time.monotonic()
         if not self.server.is_accepting:
             self.workers = [worker for worker in self.workers if not worker.has_died()]
-            if now >= self.end_at + KILL_AFTER:
-                self.kill_workers()
             return
         for worker in self.workers:
             if worker.pid and worker.has_died():
