@@ -1480,12 +1480,14 @@ class RelayTest(SweepTestCase):
         self.assertEqual((line["up"], line["down"]), (str(len(up)), str(len(down))))
 
     def test_slow_reader_slows_the_writer_down(self):
+        rows = []
         for reader in (0, 1):
+            ends = self.tunnel()
+            rows.append((reader, ends, fill(ends[1 - reader])))
+        time.sleep(4 * socks5.SEND_TIMEOUT)  # for so long, the server can send nothing
+        for reader, ends, sent in rows:
             with self.subTest(SIDES[reader]):
-                ends = self.tunnel()
-                sent = fill(ends[1 - reader])
                 self.assertLess(len(sent), 64 * MEBIBYTE)  # the kernel holds it, nobody queues it
-                time.sleep(2 * socks5.SEND_TIMEOUT)  # for so long, the server can send nothing
                 ends[1 - reader].close()
                 self.assertTrue(read_all(ends[reader]) == (sent, "end"))
 
@@ -1969,6 +1971,19 @@ class AssociationTest(SweepTestCase):
                     control.sendall(b"what nobody has to say here")
                     self.check(client, target)
                     leave(control)
+
+    def test_client_that_leaves_before_the_reply(self):
+        class Handler(socks5.Socks5RequestHandler):
+            def do_UDP_ASSOCIATE(self, destination):
+                with contextlib.suppress(ConnectionResetError):
+                    self.connection.recv(1)
+                self.connection.shutdown(socket.SHUT_WR)
+                super().do_UDP_ASSOCIATE(destination)
+
+        with self.ending("client-reset"):
+            client = self.client(self.serve(Handler)).greet()
+            client.say("05 03 00 01 00 00 00 00 00 00")
+            client.shutdown(socket.SHUT_WR)
 
     def test_client_that_has_vanished(self):
         with self.logged() as lines, self.within(6):
@@ -4101,6 +4116,21 @@ class CommandLineTest(ServiceTestCase):
                 ["--handshake", "5"], ["--ope"], ["@" + HERE], ["@" + os.path.join(HERE, "none")]):
             with self.subTest(options):
                 self.check_usage_error(*options)
+
+    def test_errors_show_the_right_command(self):
+        for options, hint in [
+                (["0.0.0.0"], ": socks5.py -b 0.0.0.0 1080"),
+                (["[::1]"], ": socks5.py -b ::1 1080"),
+                (["10.0.0.1:80"], ": socks5.py -b 10.0.0.1 80"),
+                (["[::1]:80"], ": socks5.py -b ::1 80"),
+                (["-b", "localhost:80"], ": socks5.py -b localhost 80"),
+                (["-b", "[::1]:80"], ": socks5.py -b ::1 80"),
+                (["-p", "80"], ": socks5.py 1080"), (["--port=80"], ": socks5.py 1080"),
+                (["1", "hunter2"], "more than one port"), (["--no-such=hunter2"], "--no-such"),
+                (["--no-such", "hunter2"], "unknown option --no-such"),
+                (["hunter2"], "argument port: not a number from 0 to 65535")]:
+            with self.subTest(options):
+                self.assertRegex(self.check_usage_error(*options), re.escape(hint) + "$")
 
     def test_usage_error_of_a_process(self):
         status, err = self.run_to_end("socks5.py", "--no-such")
