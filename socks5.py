@@ -28,15 +28,16 @@ The conversation:
     bytes                                <->  bytes
 
 An error before the request closes the connection. After the request, the client gets exactly
-one reply. After the reply "succeeded", it gets the target's bytes and then the target's end:
-a close is passed on as a close, and a reset as a reset. Sections are those of RFC 1928 unless
-another RFC is named.
+one reply (for BIND, one more when the peer has connected). After "succeeded", it gets the
+target's bytes and then the target's end: a close is passed on as a close, and a reset as a
+reset. Sections are those of RFC 1928 unless another RFC is named.
 
-The sections of this file. Each one uses only those above it:
+The rooms of this file. Each one uses only those above it, but for the handler, which also calls
+the server:
 
     vocabulary    the numbers of the RFCs, and the values of end= in the log
     failures      exceptions, and the reply for each
-    frames        what is read and sent during the handshake
+    frames        the bytes of the protocol, both ways
     rules         who may go where; users; Settings
     threads       threads that are used again
     dialing       a name to addresses, and addresses to one connected socket
@@ -47,13 +48,21 @@ The sections of this file. Each one uses only those above it:
     service       signals and worker processes
     command line  options and main()
 
-Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. A
-session passes through the phases handshake, connect (or bind), and then idle and linger (or
-udp); a refused one through refusal. In connect and bind, the session's own thread keeps the time
-limit; in the other phases, the server checks it twice a second and hangs up.
+Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. The
+phases of a session:
 
-Each session owns its sockets, and its own thread closes them: `Socks5RequestHandler.finish` at
-the end, `close_sockets` before. Other threads only shut them down, which wakes whoever waits.
+    CONNECT        handshake, connect, idle; linger, once one side has closed
+    BIND           handshake, bind, idle; linger, once one side has closed
+    UDP ASSOCIATE  handshake, udp
+    refused        handshake, refusal
+    hung up on     closing, after any other phase
+
+In connect and bind, the session's thread keeps the time limit itself. In the other phases, the
+server checks it twice a second, and hangs up.
+
+Each session owns its sockets. Only its own thread closes them: in `Socks5RequestHandler.finish`,
+or sooner in `close_socket`. Another thread that ends the session calls shutdown() on them, which
+wakes the session's threads.
 
 Hooks of `Socks5RequestHandler` to override:
 
@@ -171,12 +180,12 @@ class Reply(enum.IntEnum):
 
 
 ENDS = {  # each value that end= can have in the log
-    "client-closed": "both sides closed, the client first",
+    "client-closed": "both sides closed, the client first; for UDP, the client closed",
     "target-closed": "both sides closed, the target first",
     "client-reset": "the client reset its connection, and the target's was reset",
     "target-reset": "the target reset its connection, and the client's was reset",
-    "client-lost": "the client has vanished: it answers no keep-alive probes",
-    "target-lost": "the target has vanished: it answers no keep-alive probes",
+    "client-lost": "the client has vanished: it no longer answers the kernel",
+    "target-lost": "the target has vanished: it no longer answers the kernel",
     "client-left": "the client closed before its request was complete, or while BIND waited",
     "not-socks5": "the client speaks another protocol",
     "not-proxy": "a balancer in --proxy-from sent no valid PROXY header",
@@ -184,7 +193,7 @@ ENDS = {  # each value that end= can have in the log
     "no-acceptable-method": "the client offers no authentication method that is allowed here",
     "login-failed": "wrong username or password",
     "refused": "the request was refused: see reply",
-    "no-thread": "the system gave no thread for the relay",
+    "no-thread": "the system could not start a thread for the relay",
     "handshake-timeout": "--handshake-timeout passed before the request was complete",
     "idle-timeout": "--idle-timeout passed without data in either direction",
     "linger-timeout": "one side closed, and then --linger passed without data",
@@ -197,7 +206,7 @@ ENDS = {  # each value that end= can have in the log
 # ---- failures: they travel up to the handler, which turns them into bytes ----------------
 
 class ProtocolError(Exception):
-    """The client breaks the protocol: log `reason` as end=, send `answer`, if any, and hang up."""
+    """The session ends before a request: log `reason` as end=, send `answer`, if any, hang up."""
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         super().__init__(reason)
@@ -226,7 +235,7 @@ def reply_for(error: Exception) -> Reply:
     """Return the reply that tells a client about `error` (section 6)."""
     if isinstance(error, RequestError):
         return error.reply
-    if isinstance(error, socket.gaierror):  # its errno is not one of `errno`
+    if isinstance(error, socket.gaierror):  # an unknown name; its errno is not one of `errno`
         return Reply.HOST_UNREACHABLE
     if isinstance(error, socket.timeout):  # it has no errno
         return Reply.TTL_EXPIRED
@@ -583,6 +592,8 @@ DENY_OTHERS = Rule.parse("deny *")._replace(text="default")
 
 def check_credential(what: str, text: str) -> bytes:
     """Return `text` as bytes. Raises ValueError if RFC 1929 cannot carry it; does not quote it."""
+    if not isinstance(text, str):
+        raise TypeError(what + ": not a string")
     data = text.encode()
     if not 1 <= len(data) <= 255:
         raise ValueError(what + ": not 1 to 255 bytes")
@@ -630,6 +641,13 @@ def check_limit(name: str, value: Any, kinds: Any = int) -> Any:
     return NEVER if value is None else check_number(name, value, kinds)
 
 
+def check_port(name: str, value: int) -> int:
+    """Return `value`. Raises TypeError, or ValueError if it is not 0 to 65535."""
+    if value != 0 and check_number(name, value, int) > 65535:
+        raise ValueError("%s: not a port: %r" % (name, value))
+    return value
+
+
 def check_ip(name: str, value: Optional[str]) -> Optional[str]:
     """Return `value`. Raises ValueError if it is neither None nor an IP address."""
     if value is not None and parse_ip(value) is None:
@@ -658,7 +676,7 @@ class Settings:
     no limit), `linger` without data once one side has closed, `bind_timeout` for BIND to wait
     for a connection, `udp_timeout` without datagrams.
 
-    `udp_ports`: ports to which clients send datagrams; 0 for any free one. `udp_advertise`: the
+    `udp_ports`: ports to which clients send datagrams; 0 for a free one. `udp_advertise`: the
     address to which they send them, if it is not the one where they connected. `source`: the
     address from which targets are dialed and datagrams are sent.
     """
@@ -686,7 +704,7 @@ class Settings:
         self.clients = [parse_network(client) for client in clients]
         self.proxy_from = [parse_network(balancer) for balancer in proxy_from]
         self.commands = {command_number(command) for command in commands}
-        self.udp_ports = list(udp_ports)
+        self.udp_ports = [check_port("udp_ports", port) for port in udp_ports]
         self.udp_advertise = check_ip("udp_advertise", udp_advertise)
         self.source = check_ip("source", source)
         others = DENY_OTHERS if any(rule.allows for rule in self.rules) else ALLOW_OTHERS
@@ -875,22 +893,13 @@ def interleave(candidates: List[Candidate]) -> List[Candidate]:
     return [candidate for turn in turns for candidate in turn if candidate]
 
 
-def start_attempt(candidate: Candidate, prepare: Prepare) -> socket.socket:
-    """Return a socket that is connecting. Raises OSError."""
-    sock = socket.socket(candidate[0], socket.SOCK_STREAM)
-    prepare(sock)
-    sock.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        sock.connect(candidate[1])
-    return sock
-
-
-def connect_within(seconds: float, candidate: Candidate, prepare: Prepare) -> socket.socket:
-    """Return a connected socket. Raises OSError."""
+def start_attempt(candidate: Candidate, prepare: Prepare, seconds: float) -> socket.socket:
+    """Return a socket that has had `seconds` to connect; if 0, it is still connecting."""
     sock = socket.socket(candidate[0], socket.SOCK_STREAM)
     prepare(sock)
     sock.settimeout(seconds)
-    sock.connect(candidate[1])
+    with contextlib.suppress(BlockingIOError):
+        sock.connect(candidate[1])
     return sock
 
 
@@ -909,11 +918,11 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
 def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> socket.socket:
     """Return a socket connected to one of `candidates` by `deadline` (monotonic clock).
 
-    `prepare` is called with each socket before it connects, and has to see to it that all but
-    the one that is returned are closed. That one has some timeout: set your own. Raises OSError.
+    `prepare` is called with each socket before it connects. The caller must close all of them
+    but the one that is returned, and set the timeout of that one. Raises OSError.
     """
     if len(candidates) == 1:  # a selector would cost a tenth of a short session
-        return connect_within(seconds_until(deadline), candidates[0], prepare)
+        return start_attempt(candidates[0], prepare, seconds_until(deadline))
     waiting = collections.deque(enumerate(interleave(candidates)))
     errors: Dict[int, OSError] = {}
     with Selector() as attempts:
@@ -921,7 +930,7 @@ def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> sock
             if waiting:
                 number, candidate = waiting.popleft()
                 try:
-                    attempts.register(start_attempt(candidate, prepare),
+                    attempts.register(start_attempt(candidate, prepare, 0),
                                       selectors.EVENT_WRITE, number)
                 except OSError as error:
                     errors[number] = error
@@ -947,7 +956,7 @@ SMALL_BUFFER = 2 * 1024     # bytes, for an idle flow
 LARGE_BUFFER = 1024 * 1024  # bytes, for the busiest; in between, each is 8 times the last
 BUSY = 32 * 1024            # bytes at a time that keep a flow in the kernel
 SPLICE_PIECE = 128 * 1024   # bytes; the kernel sends a piece in two steps, each with SEND_TIMEOUT
-SEND_TIMEOUT = 0.25         # seconds for which a sender is stuck before it looks around
+SEND_TIMEOUT = 0.25         # seconds for which send() waits before `stopped` is checked
 SPLICE_REFUSED = {errno.EINVAL, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 CLEAN = ("client-closed", "target-closed")  # ends of a relay that has lost nothing
 
@@ -966,8 +975,8 @@ def seconds_option(name: str, seconds: float) -> List[Tuple[int, int, Any]]:
     return existing((socket.SOL_SOCKET, name, value))
 
 
-TCP_OPTIONS = existing(  # small pieces are sent at once, urgent bytes stay in line, and a peer
-    # that has vanished is noticed after 60 + 4 * 15 seconds
+TCP_OPTIONS = existing(  # small pieces are sent at once, urgent bytes stay in line, and an idle
+    # peer that has vanished is noticed after 60 + 4 * 15 seconds
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1), (socket.SOL_SOCKET, "SO_OOBINLINE", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 60), (socket.IPPROTO_TCP, "TCP_KEEPALIVE", 60),
@@ -1085,7 +1094,12 @@ class Flow:
 
 
 class Relay:
-    """Two flows between two sockets. The client's first bytes are `early` and those in `reader`."""
+    """Two flows between two sockets, each in a thread.
+
+    If one side closes, its close is passed on as a half-close. The other flow goes on, until its
+    source closes too, or until `linger` seconds pass without data. The client's first bytes are
+    in `early` or in the buffer of `reader`, never in both.
+    """
 
     def __init__(self, client: socket.socket, target: socket.socket, reader: Any,
                  early: bytes = b"", cpus: Optional[Set[int]] = None) -> None:
@@ -1177,12 +1191,12 @@ class Relay:
 # ---- associations: datagrams, as long as the control connection stays --------------------
 #
 # A stranger's datagrams change nothing: the client is known by its host and port, and answers
-# pass only from hosts to which it has sent. One thread serves all three sockets. Names are
-# looked up in other threads, so that they do not keep other datagrams waiting.
+# pass only from hosts to which it has sent something. One thread serves all three sockets. Names
+# are looked up in other threads, so that they do not keep other datagrams waiting.
 
 LONGEST_DATAGRAM = 65535  # bytes; UDP carries 65507
 LOOKUPS = 8               # names of one association that are looked up at the same time
-DESTINATIONS = 4096       # that one association remembers
+DESTINATIONS = 4096       # that one association remembers; then it forgets all of them
 
 
 def open_outside(source: Optional[str]) -> socket.socket:
@@ -1211,7 +1225,7 @@ class Association:
         self.control, self.inside, self.outside = control, inside, outside
         self.client, self.find_routes = client, find_routes
         self.client_sockaddr: Any = None
-        self.lock = threading.Lock()  # for the routes, the hosts and the counts
+        self.lock = threading.Lock()  # to write routes, hosts and counts
         self.routes: Dict[Address, Any] = {}
         self.hosts: Set[str] = set()  # to which the client has sent
         self.counts = {"up": 0, "down": 0, "datagrams_up": 0, "datagrams_down": 0, "dropped": 0}
@@ -1264,7 +1278,7 @@ class Association:
         data, source = self.inside.recvfrom(LONGEST_DATAGRAM)
         host, port = Address.of(source)
         if host != self.client.host or port != (self.client.port or port):
-            return  # a stranger
+            return  # a stranger: not relayed, not counted, not logged
         datagram = Datagram.read(io.BytesIO(data))
         if datagram.fragment:
             self.count(dropped=1)
@@ -1290,7 +1304,7 @@ class Association:
         self.count(dropped=1)
 
     def remember(self, destination: Address, route: Any) -> Any:
-        """Return `route` as `outside` takes it, and let its host answer from now on."""
+        """Let the host of `route` answer from now on, and return `route` as `outside` takes it."""
         if self.outside.family == socket.AF_INET and ":" in route[0]:
             raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
         if self.outside.family == socket.AF_INET6 and ":" not in route[0]:
@@ -1350,12 +1364,15 @@ class Phase(NamedTuple):
 class Socks5RequestHandler(socketserver.StreamRequestHandler):
     """One client's session. Override its hooks and pass the class to the server.
 
-    Hooks may read `client_address`; `user`, the name that the client has logged in with ("" if
-    nobody has checked one); `settings`, as they were when the session began; and
-    `server`. They may call `permitted` and `own_socket`. Other methods and attributes may change.
+    Hooks may read `client_address`; `user`, the name of a checked login, or of the account behind
+    a Unix socket if there are no users, otherwise ""; `settings`, as they were when the session
+    began; and `server`. They may call `permitted` and `own_socket`. Other methods and attributes
+    may change.
 
     In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply, and an OSError
-    by its errno. Any other exception is logged, and ends this session only.
+    by its errno. Any other exception is logged, and ends this session only. For UDP ASSOCIATE,
+    `authorize` is called for each new destination of a datagram, perhaps in several threads at
+    once, and such an error drops the datagram.
     """
 
     server: "Socks5Server"
@@ -1396,22 +1413,23 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             return self.fail_request(error, "refused")
         self.command, self.destination = request.command_name, request.destination
         try:
-            self.carry_out(request, getattr(self, "do_" + self.command, None))
+            self.carry_out(request)
         except (RequestError, OSError) as error:
             self.fail_request(error, "refused")
-            self.set_end("client-reset")
         except Exception as error:
             self.fail_request(error, "error")
             raise
 
     def finish(self) -> None:
         """Close the sockets, and log the session."""
-        self.set_end("error")
+        self.set_end("error")  # nothing else was set: an exception has ended the session
+        with self.server.lock:
+            self.server.sessions.discard(self)  # from here on, `hang_up` leaves its sockets alone
+            self.server.session_users.pop(self, None)
         try:
             state = {**self.state(), "end": self.end}
             self.server.session_ended(self, state)
         finally:
-            self.server.sessions.discard(self)
             super().finish()
             for sock in self.sockets:
                 sock.close()
@@ -1483,22 +1501,23 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 
     # -- the request and its reply
 
-    def carry_out(self, request: Request, method: Any) -> None:
-        """Call `method`, which is None if the command has none (section 4)."""
-        if method is None or not self.is_served(request.command):
+    def carry_out(self, request: Request) -> None:
+        """Check the command, the limit of the user, and `authorize`; then call ``do_COMMAND``."""
+        do_command = getattr(self, "do_" + request.command_name, None)
+        if do_command is None or not self.is_served(request.command):
             raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
         if self.user and not self.server.admit_user(self):
             raise RequestError(Reply.NOT_ALLOWED)
         is_udp = request.command == Command.UDP_ASSOCIATE  # each datagram has a destination
         if not is_udp and not self.authorize(request.destination):
             raise RequestError(Reply.NOT_ALLOWED)
-        method(request.destination)
+        do_command(request.destination)
 
     def is_served(self, command: int) -> bool:
         """Return True if `command` is enabled, and possible for this client.
 
-        BIND and UDP ASSOCIATE need an address of this host. A path is none; behind a balancer,
-        only `udp_advertise` tells one.
+        BIND and UDP ASSOCIATE need an IP address at which the client can reach this host. On a
+        Unix socket there is none. Behind a balancer, there is only `udp_advertise`, for UDP.
         """
         if command not in self.settings.commands:
             return False
@@ -1621,9 +1640,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         raise socket.timeout("nobody has connected")
 
     def read_early(self) -> None:
-        """Keep what the client says before there is a relay. Raises OSError if it has left."""
+        """Keep what the client sends before there is a relay. Raises OSError if it has left."""
         data = b""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # so many that the buffer of rfile is empty then
             data = self.rfile.read1(max(EARLY_LIMIT, self.rbufsize))
         if not data:
             self.set_end("client-left")
@@ -1640,7 +1659,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
         """Relay datagrams (section 7); the client sends them from the port of `destination`."""
         settings, here = self.settings, self.connection.getsockname()
-        if self.is_proxied:  # the balancer has reached another address than clients can
+        if self.is_proxied:  # clients cannot reach the address to which the balancer connected
             here = ("::", 0, 0, 0) if ":" in (settings.udp_advertise or "") else ("0.0.0.0", 0)
         inside = self.open_socket(socket.SOCK_DGRAM, here, settings.udp_ports)
         outside = open_outside(settings.source)
@@ -1655,11 +1674,14 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         host = Address.of(here).host
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
         self.own_socket(sock)
+        failure = OSError(errno.EADDRINUSE, "no ports")
         for port in ports:
-            with contextlib.suppress(OSError):
+            try:
                 sock.bind((here[0], port, *here[2:]) if ":" in host else (host, port))
                 return sock
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            except OSError as error:
+                failure = error
+        raise failure
 
     def relay_to(self, target: socket.socket, sockaddr: Any) -> None:
         """Reply with the address in `sockaddr`, and relay between the client and `target`."""
@@ -1680,6 +1702,9 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         except NoThreadError:
             self.relay = self.reply = None
             self.set_end("no-thread")
+            raise
+        except OSError:  # the reply could not be sent
+            self.set_end("client-reset")
             raise
         self.set_end(relay.end)
 
@@ -1757,7 +1782,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
             if progress != self.last_progress:
                 self.last_progress = progress
                 self.start_phase(*self.relay.phase(self.settings))
-        if now >= self.phase.deadline:  # handshake-, idle-, linger- or udp-timeout
+        if now >= self.phase.deadline:
+            # of a Relay: idle-timeout, linger-timeout; otherwise: handshake-timeout, udp-timeout
             self.hang_up(self.phase.name + "-timeout")
 
     def hang_up(self, end: str) -> None:
@@ -1798,7 +1824,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
 SWEEP_INTERVAL = 0.5     # seconds between two checks of the deadlines
 LATE_SWEEP = 2.0         # seconds; a sweep that is later follows a pause of the whole process
 CLOSING_INTERVAL = 0.05  # seconds between two attempts to hang up
-ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before it looks around
+ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before `is_accepting` is checked
 EXHAUSTION_PAUSE = 0.1   # seconds before accepting is tried again
 WARNING_INTERVAL = 1.0   # seconds between two warnings of a kind
 NOTICE = 25              # level of the log for what an operator has asked for
@@ -1848,21 +1874,23 @@ def peer_name(sock: socket.socket) -> str:
 class Socks5Server(socketserver.ThreadingTCPServer):
     """A SOCKS5 proxy that serves each client in a thread of its own.
 
-    `server_address` is a host and a port; ``::`` listens on both families. The other arguments
-    are those of `Settings`. Assign other Settings to `settings` at any time: they apply to new
-    sessions.
+    `server_address` is a host and a port, or the path of a Unix socket; ``::`` listens on both
+    families. `mode` is for the permissions of the path. `listener` is a socket that listens
+    already. The other arguments are those of ``socketserver`` and of `Settings`. Assign other
+    Settings to `settings` at any time: they apply to new sessions.
 
-    ``serve_forever`` also checks the deadlines, every `poll_interval` seconds at most; leave
-    that at one second or less. ``server_close``, or the end of a ``with`` block, ends the
+    ``serve_forever`` also checks the deadlines, every `poll_interval` seconds; leave that at one
+    second or less. ``server_close``, or the end of a ``with`` block, ends the
     sessions and waits for their threads. A session that waits for the system's resolver cannot
     be woken, and takes up to `connect_timeout`. `running` does all of that for you.
 
     Besides what ``socketserver`` documents, `drain`, `report` and `running` are there to be
     called. Other methods and attributes may change.
 
-    For thousands of sessions, do what `main` does and this class leaves to you: raise the limit
-    of descriptors, make the stacks of threads small, and set a long ``sys.setswitchinterval``,
-    because each thread that waits for the interpreter wakes once in this interval.
+    For thousands of sessions, do first what `main` does and this class leaves to you: raise the
+    limit of descriptors, make the stacks of threads small, and set a long
+    ``sys.setswitchinterval``, because each thread that waits for the interpreter wakes once in
+    this interval.
     """
 
     allow_reuse_address = os.name == "posix"  # elsewhere it lets others take the port
@@ -1878,7 +1906,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.lock = threading.Lock()  # while it is held, sessions keep their sockets open
         self.sessions: Set[Socks5RequestHandler] = set()
         self.connections: Dict[Any, str] = {}  # clients' hosts by socket, "" before the checks
-        self.users: Dict[Socks5RequestHandler, str] = {}  # by session, after the login
+        self.session_users: Dict[Socks5RequestHandler, str] = {}  # of sessions with a request
         self.connection_closed = threading.Condition(self.lock)
         self.totals: "collections.Counter[str]" = collections.Counter()
         self.threads = ThreadCache()
@@ -1886,7 +1914,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.session_limit = session_limit()
         self.cpus: Optional[Set[int]] = None  # for flows inside the kernel, if not all
         self.next_sweep = time.monotonic()
-        self.warnings: Dict[str, Tuple[float, int]] = {}  # when each is due, and how many were not
+        self.warnings: Dict[str, Tuple[float, int]] = {}  # when each may be logged; how many wait
         self.closing = threading.Event()
         self.mode = mode
         self.path_owner: Any = None  # process, inode and device, if it has to be removed
@@ -1944,7 +1972,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 time.sleep(EXHAUSTION_PAUSE)
         if not self.is_inherited:  # systemd keeps such a socket, and its queue, for the next server
             self.remove_path()
-            self.timeout = 0
+            self.timeout = 0  # so handle_request() returns if the queue is empty
             for _ in range(self.request_queue_size):
                 self.handle_request()
         self.socket.close()
@@ -1975,8 +2003,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. Raises OSError if there is none, or no room for it.
 
-        If descriptors are used up, clients wait in the queue, and this pauses between attempts:
-        ``socketserver`` would spin.
+        If descriptors are used up, clients wait in the queue. After any error but that nobody has
+        come, pause: ``socketserver`` would spin.
         """
         try:
             if len(self.connections) >= self.session_limit:
@@ -1988,7 +2016,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             time.sleep(EXHAUSTION_PAUSE)
             if isinstance(error, MemoryError) or error.errno in EXHAUSTED:
                 self.warn("not accepting: %s", getattr(error, "strerror", "MemoryError"))
-            raise OSError("not accepted") from None
+            raise
         self.connections[request] = ""
         set_options(request, NO_TIMEOUT)
         if self.address_family == UNIX_FAMILY:
@@ -2023,8 +2051,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def admit_user(self, session: Socks5RequestHandler) -> bool:
         """Return True, and count `session`, if its user has fewer sessions than `max_per_user`."""
         with self.lock:
-            if has_room(self.users, session.user, session.settings.max_per_user):
-                self.users[session] = session.user
+            if has_room(self.session_users, session.user, session.settings.max_per_user):
+                self.session_users[session] = session.user
                 return True
         self.warn("too many sessions of a user client=%s user=%s",
                   session.client, escape(session.user))
@@ -2078,10 +2106,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 self.warn("watching a session failed error=%s", type(error).__name__)
 
     def session_ended(self, session: Socks5RequestHandler, state: Mapping[str, Any]) -> None:
-        """Forget `session`, but add its numbers to the totals."""
+        """Add the numbers of `session` to the totals."""
         with self.lock:
-            self.sessions.discard(session)
-            self.users.pop(session, None)
             self.totals["sessions"] += 1
             self.totals["up"] += state["up"]
             self.totals["down"] += state["down"]
@@ -2221,7 +2247,7 @@ def open_without_blocking(descriptor: int) -> int:
 
 
 def announce(line: str) -> None:
-    """Print `line`. A full disk or a closed or full pipe is no reason not to serve."""
+    """Print `line`. Ignore a full disk and a closed or full pipe: serving does not need stdout."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no stdout at all
         write_unless_stuck(sys.stdout.fileno(), line + "\n")
 
@@ -2313,7 +2339,7 @@ class Worker:
         return pid != 0
 
     def plan_restart(self) -> None:
-        """Set when to start the next process: ever later, if they die at once."""
+        """Set when to start the next process. If this one has not SETTLED, double the pause."""
         self.link.close()
         now = time.monotonic()
         if now - self.started > SETTLED:
@@ -2329,8 +2355,10 @@ class Service:
 
     SIGTERM and SIGINT stop accepting; the process ends when no session is left, or after `drain`
     seconds. At the second one, it ends the sessions at once. SIGHUP reads the settings again: new
-    sessions get them, the others keep theirs. SIGUSR1 logs the live sessions and the totals. If a
-    worker dies, its sessions are reset, and another worker takes its place.
+    sessions get them, running ones keep theirs; the address, the path's mode, `workers`, `drain`
+    and the level of the log stay. If the new settings are invalid, nothing changes. SIGUSR1 logs
+    the live sessions and the totals. If a worker dies, its sessions are reset, and another worker
+    takes its place after SHORTEST_PAUSE to LONGEST_PAUSE seconds.
 
     Each process has one loop. It reads the numbers of signals from a socket pair, into which the
     interpreter writes them (``set_wakeup_fd``). Workers read a second pair, into which their
@@ -2373,7 +2401,7 @@ class Service:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Set when the process ends. The loop does the rest, unless it is stuck: then SIGALRM."""
+        """Set when the process ends, because the loop may be stuck. `obey` does the rest."""
         if number == SIGALRM and time.monotonic() >= self.end_at + LAST_RESORT:
             self.end_now()
         if number in STOP_SIGNALS and self.end_at == NEVER:
@@ -2422,12 +2450,12 @@ class Service:
         self.end_now()
 
     def interval(self) -> float:
-        """Return the seconds until the loop looks again at what no descriptor announces."""
+        """Return the seconds between two checks of the deadlines and the workers."""
         is_complete = all(worker.pid for worker in self.workers)
         return SWEEP_INTERVAL if self.server.is_accepting and is_complete else CLOSING_INTERVAL
 
     def read_numbers(self, selector: selectors.BaseSelector, source: Any) -> None:
-        """Obey the numbers that can be read; an end of file is a SIGTERM of the parent."""
+        """Obey the numbers that can be read. At an end of file, the parent has died: stop."""
         numbers = source.recv(1024)
         if not numbers:
             selector.unregister(source)
@@ -2561,10 +2589,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: List[str]) -> argparse.Namespace:
         """Return the options in `arguments`, with those of each @FILE in its place."""
         options, unknown = self.parse_known_args(self.expand(arguments))
-        self.reject(unknown)
+        self.reject_unknown(unknown)
         return options
 
-    def reject(self, unknown: List[str]) -> None:
+    def reject_unknown(self, unknown: List[str]) -> None:
         """Raise ValueError if there are unknown arguments. It quotes no value: see `parse_port`."""
         if unknown:
             option = unknown[0].partition("=")[0]
@@ -2578,19 +2606,19 @@ class Parser(argparse.ArgumentParser):
         return expanded
 
     def read_file(self, path: str) -> List[str]:
-        """Return the arguments in the file. An error names the line."""
+        """Return the arguments in the file. The error for an unknown option names the line."""
         arguments: List[str] = []
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     words = self.expand(shlex.split(COMMENT.sub(r"\1", line.rstrip("\n"))))
-                    self.reject(self.unknown(words))
+                    self.reject_unknown(self.find_unknown(words))
                 except ValueError as error:
                     raise ValueError("%s, line %d: %s" % (path, number, error)) from None
                 arguments += words
         return arguments
 
-    def unknown(self, words: List[str]) -> List[str]:
+    def find_unknown(self, words: List[str]) -> List[str]:
         """Return the unknown arguments among the `words` of a line."""
         with contextlib.suppress(ValueError):  # a known option, with its value in the next line
             return self.parse_known_args(words)[1]
@@ -2599,7 +2627,7 @@ class Parser(argparse.ArgumentParser):
 
 def number_type(convert: Callable[[str], float], least: float, most: float,
                 kind: str = "") -> Callable[[str], Any]:
-    """Return a type for argparse. What is not a number may be a password: do not quote it."""
+    """Return a type for argparse. Errors do not quote the value: it may be a stray password."""
     def converted(text: str) -> float:
         with contextlib.suppress(ValueError):
             if least <= convert(text) <= most:
@@ -2663,7 +2691,7 @@ def no_such_option(text: str) -> int:
 
 
 def parse_port(text: str) -> int:
-    """Return the port. Raises ValueError. It quotes addresses only: else, it may be a password."""
+    """Return the port. Raises ValueError, which quotes an address, but not a stray password."""
     host, port = split_port(text)
     if parse_ip(host) is not None:
         raise ValueError("an address goes before the port: socks5.py -b %s %s" % (
@@ -2676,8 +2704,10 @@ def parse_port(text: str) -> int:
 LIMITS = [
     ("--max-sessions", "reject connections above N, in each worker (default: the descriptor "
      "limit; further connections queue)"),
-    ("--max-per-client", "the same for each client address (default: no limit)"),
-    ("--max-per-user", "refuse requests of a user with more than N sessions (default: no limit)")]
+    ("--max-per-client", "reject connections above N from one address, in each worker (default: "
+     "no limit)"),
+    ("--max-per-user", "refuse requests of a user above N sessions, in each worker (default: no "
+     "limit)")]
 TIMEOUTS = [
     ("--handshake-timeout", "from accepting a client to its complete request"),
     ("--connect-timeout", "to resolve and reach a destination"),
@@ -2787,7 +2817,8 @@ def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) ->
     """Raise ValueError if nobody checks the user of `rule`, and log what may be a mistake."""
     if users is None and rule.user and is_path:
         if not hasattr(socket, "SO_PEERCRED"):
-            raise ValueError("%s: without --users, this system tells no user" % rule.text)
+            raise ValueError("%s: without --users, this system does not tell users of a Unix "
+                             "socket" % rule.text)
     elif rule.user and rule.user not in (users or {}):
         if rule.allows:
             raise ValueError("%s: no such user" % rule.text)
@@ -2817,7 +2848,7 @@ def open_server(address: Any, mode: int, listener: Optional[socket.socket]) -> S
     try:
         return Socks5Server(address, mode=mode, listener=listener)
     except (OSError, TypeError, ValueError, OverflowError) as error:  # bad addresses, too
-        where = address if isinstance(address, str) else "%s port %d" % address
+        where = address if isinstance(address, str) else "%s port %d" % address[:2]
         print("socks5.py: cannot listen on %s: %s" % (ascii(where)[1:-1], describe(error)),
               file=sys.stderr)
         raise SystemExit(1) from None
@@ -2848,7 +2879,11 @@ def greet(server: Socks5Server) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command in a process of its own; return the exit status."""
+    """Run the command; return the exit status if it does not serve.
+
+    It takes the process over: it sets signal handlers, limits and the log, and after serving, it
+    ends the process.
+    """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     parser, arguments = make_parser(), sys.argv[1:] if argv is None else argv
@@ -2874,7 +2909,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 lambda: read_settings(parser.parse(arguments), address, mode)).run(greet(server))
     except NoThreadError as error:
         print("socks5.py: cannot start: %s" % describe(error), file=sys.stderr)
-    return 1  # what ends well has ended in `Service.run`
+    return 1  # `Service.run` returns only by an exception
 
 
 if __name__ == "__main__":
