@@ -1020,6 +1020,9 @@ class SettingsTest(TestCase):
         for name in ("max_sessions", "max_per_client"):
             rows += [(TypeError, name, value, name) for value in ("5", 1.5)]
             rows += [(ValueError, name, value, name) for value in (0, -1)]
+        rows += [(ValueError, "udp_ports", [port], "udp_ports") for port in (-1, 65536)]
+        rows += [(TypeError, "udp_ports", [port], "udp_ports") for port in ("x", 1.5)]
+        rows += [(TypeError, "users", users, "users") for users in ({b"a": "b"}, {"a": b"b"})]
         for error, name, value, names in rows:
             with self.subTest(name, value=value), self.assertRaises(error) as caught:
                 socks5.Settings(**{name: value})
