@@ -2457,10 +2457,10 @@ class Service:
     def read_numbers(self, selector: selectors.BaseSelector, source: Any) -> None:
         """Obey the numbers that can be read. At an end of file, the parent has died: stop."""
         numbers = source.recv(1024)
-        if not numbers:
-            selector.unregister(source)
         for number in numbers or [signal.SIGTERM]:
             self.obey(number)
+        if not numbers:
+            selector.unregister(source)
 
     def is_done(self) -> bool:
         """Return True if the service has been stopped and nothing is left to wait for."""
