@@ -490,6 +490,8 @@ def encode_name(host: str) -> bytes:
 
 def parse_network(text: str) -> Any:
     """Return an IP address or a CIDR network as a network of `ipaddress`. Raises ValueError."""
+    if not isinstance(text, str):
+        raise TypeError("%r: not a string" % (text,))
     network: Any = ipaddress.ip_network(text, strict=False)
     if ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
         raise ValueError("%s: did you mean %s?" % (text, network))
@@ -790,7 +792,8 @@ class ThreadCache:
                 function(*args)
             except Exception as error:
                 log_failure("thread failed", error)
-            done.release()
+            finally:
+                done.release()
             del function, args, job  # an idle thread must not keep a session in memory
             job = self.next_job(jobs)
         self.threads.discard(threading.current_thread())
@@ -830,7 +833,7 @@ MAX_LOOK_UPS = 64     # at the same time, abandoned ones included
 LONG_WAIT = 3600.0    # seconds; poll() takes no infinity
 
 Candidate = Tuple[int, Tuple[Any, ...]]  # a family, and a sockaddr: what ``connect`` takes for it
-Prepare = Callable[[socket.socket], None]
+SocketHook = Callable[[Any], None]  # called with a socket
 
 
 class Resolver:
@@ -849,8 +852,8 @@ class Resolver:
         Raises OSError: ``gaierror`` for an unknown name, ``timeout``, NoThreadError. `ask` frees
         the slot, after the deadline, too.
         """
-        self.wait_for_slot(deadline)
         answers: Any = queue.Queue()
+        self.wait_for_slot(deadline)
         try:
             start_thread(self.ask, name, port, answers)
             answer = answers.get(timeout=seconds_until(deadline))
@@ -893,18 +896,24 @@ def interleave(candidates: List[Candidate]) -> List[Candidate]:
     return [candidate for turn in turns for candidate in turn if candidate]
 
 
-def start_attempt(candidate: Candidate, prepare: Prepare, seconds: float) -> socket.socket:
+def start_attempt(candidate: Candidate, seconds: float, prepare: SocketHook,
+                  discard: SocketHook) -> socket.socket:
     """Return a socket that has had `seconds` to connect; if 0, it is still connecting."""
     sock = socket.socket(candidate[0], socket.SOCK_STREAM)
-    prepare(sock)
-    sock.settimeout(seconds)
-    with contextlib.suppress(BlockingIOError):
+    try:
+        prepare(sock)
+        sock.settimeout(seconds)
         sock.connect(candidate[1])
+    except BlockingIOError:
+        pass
+    except BaseException:
+        discard(sock)
+        raise
     return sock
 
 
-def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
-           deadline: float) -> Optional[socket.socket]:
+def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError], deadline: float,
+           discard: SocketHook) -> Optional[socket.socket]:
     """Return the socket that has connected; None at `deadline`, or if one has failed."""
     for key, _ in attempts.select(seconds_until(deadline)):
         sock: Any = attempts.unregister(key.fileobj).fileobj
@@ -912,33 +921,39 @@ def winner(attempts: selectors.BaseSelector, errors: Dict[int, OSError],
         if not code:
             return sock  # type: ignore[no-any-return]
         errors[key.data] = OSError(code, os.strerror(code))
+        discard(sock)
     return None
 
 
-def dial(candidates: List[Candidate], deadline: float, prepare: Prepare) -> socket.socket:
+def dial(candidates: List[Candidate], deadline: float, prepare: SocketHook,
+         discard: SocketHook) -> socket.socket:
     """Return a socket connected to one of `candidates` by `deadline` (monotonic clock).
 
-    `prepare` is called with each socket before it connects. The caller must close all of them
-    but the one that is returned, and set the timeout of that one. Raises OSError.
+    `prepare` is called with each socket before it connects, `discard` with each but the one that
+    is returned, to close it. The returned one has some timeout: set your own. Raises OSError.
     """
     if len(candidates) == 1:  # a selector would cost a tenth of a short session
-        return start_attempt(candidates[0], prepare, seconds_until(deadline))
+        return start_attempt(candidates[0], seconds_until(deadline), prepare, discard)
     waiting = collections.deque(enumerate(interleave(candidates)))
     errors: Dict[int, OSError] = {}
     with Selector() as attempts:
-        while (waiting or attempts.get_map()) and time.monotonic() < deadline:
-            if waiting:
-                number, candidate = waiting.popleft()
-                try:
-                    attempts.register(start_attempt(candidate, prepare, 0),
-                                      selectors.EVENT_WRITE, number)
-                except OSError as error:
-                    errors[number] = error
-                    continue
-            next_at = time.monotonic() + ATTEMPT_DELAY if waiting else deadline
-            connected = winner(attempts, errors, min(next_at, deadline))
-            if connected:
-                return connected
+        try:
+            while (waiting or attempts.get_map()) and time.monotonic() < deadline:
+                if waiting:
+                    number, candidate = waiting.popleft()
+                    try:
+                        attempts.register(start_attempt(candidate, 0, prepare, discard),
+                                          selectors.EVENT_WRITE, number)
+                    except OSError as error:
+                        errors[number] = error
+                        continue
+                next_at = time.monotonic() + ATTEMPT_DELAY if waiting else deadline
+                connected = winner(attempts, errors, min(next_at, deadline), discard)
+                if connected:
+                    return connected
+        finally:
+            for key in list(attempts.get_map().values()):
+                discard(key.fileobj)
     raise errors.get(0) or socket.timeout("no address has answered")
 
 
@@ -1123,8 +1138,10 @@ class Relay:
         """
         self.down.sent = -len(reply)  # the reply is not the target's
         up_ended = threads.start(self.carry, self.up, lambda: self.early or self.reader.peek())
-        self.carry(self.down, lambda: reply)
-        up_ended.acquire()
+        try:
+            self.carry(self.down, lambda: reply)
+        finally:
+            up_ended.acquire()
 
     def carry(self, flow: Flow, first: Callable[[], bytes]) -> None:
         """Send what `first` returns, copy, and pass on the end of the source, or break off."""
@@ -1156,7 +1173,6 @@ class Relay:
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Note why the relay breaks, and end the other flow, which still delivers what it has."""
         if not isinstance(error, OSError):
-            log_failure("relay failed", error)
             self.ends.append("error")
         elif flow.current is self.up.source:
             self.ends.append("client-lost" if isinstance(error, TimeoutError) else "client-reset")
@@ -1164,6 +1180,8 @@ class Relay:
             self.ends.append("target-lost" if isinstance(error, TimeoutError) else "target-reset")
         for each in (self.up, self.down):
             wake(each.source, socket.SHUT_RD)
+        if not isinstance(error, OSError):
+            log_failure("relay failed", error)
 
     def stop(self, end: str) -> None:
         """End the relay with a reset, for the reason `end`; called from another thread."""
@@ -1574,18 +1592,13 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         """
         deadline = time.monotonic() + self.settings.connect_timeout
         candidates = self.permitted(destination, deadline)
-        keep = self.sockets.copy()
-        try:
-            target = dial(candidates, deadline, self.prepare)
-            keep.add(target)
-            return target
-        finally:
-            for sock in self.sockets - keep:
-                self.close_socket(sock)
+        return dial(candidates, deadline, self.prepare, self.close_socket)
 
     def prepare(self, sock: socket.socket) -> None:
         """Own `sock`, which is about to be dialed, and bind it to the source address, if any."""
         self.own_socket(sock)
+        if self.end:  # `hang_up` came: it has woken the last attempt, and there must be no other
+            raise ConnectionAbortedError
         source = self.settings.source
         if source:
             if (sock.family == socket.AF_INET6) != (":" in source):
@@ -1991,14 +2004,18 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         except Exception:  # nobody has come, or there is no room
             return
         try:
+            self.connections[request] = ""
+            set_options(request, NO_TIMEOUT)
+            if self.address_family == UNIX_FAMILY:
+                client_address = UNIX + peer_name(request), 0
             if (self.settings.is_balancer(client_address)  # its client is not known yet
                     or self.admit_client(request, client_address)):
                 self.process_request(request, client_address)
             else:
                 self.shutdown_request(request)
         except Exception:
-            self.handle_error(request, client_address)
             self.shutdown_request(request)
+            self.handle_error(request, client_address)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. Raises OSError if there is none, or no room for it.
@@ -2009,7 +2026,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         try:
             if len(self.connections) >= self.session_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            request, client_address = super().get_request()
+            return super().get_request()
         except (BlockingIOError, ConnectionAbortedError):  # nobody has come, or has left again
             raise
         except (OSError, MemoryError) as error:
@@ -2017,11 +2034,6 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if isinstance(error, MemoryError) or error.errno in EXHAUSTED:
                 self.warn("not accepting: %s", getattr(error, "strerror", "MemoryError"))
             raise
-        self.connections[request] = ""
-        set_options(request, NO_TIMEOUT)
-        if self.address_family == UNIX_FAMILY:
-            client_address = UNIX + peer_name(request), 0
-        return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Return True if a client may connect from this address."""
@@ -2579,6 +2591,25 @@ DEFAULTS: Dict[str, Any] = dict(Settings.__init__.__kwdefaults__ or {})
 COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?:^|\s)#.*""")  # outside quotes
 
 
+def split_port(text: str) -> Tuple[str, str]:
+    """Return the host without brackets, and the port, "" if there is none."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or parse_ip(text) is not None:
+        host, port = text, ""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, port
+
+
+def parse_port(text: str) -> int:
+    """Return the port. Raises ValueError, which quotes an address, but not a stray password."""
+    host, port = split_port(text)
+    if parse_ip(host) is not None:
+        raise ValueError("an address goes before the port: socks5.py -b %s %s" % (
+            host, port or PORT))
+    if not text.isdecimal() or int(text) > 65535:
+        raise ValueError("argument port: not a number from 0 to 65535")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that raises ValueError for a usage error, and reads options from files."""
 
@@ -2590,12 +2621,15 @@ class Parser(argparse.ArgumentParser):
         """Return the options in `arguments`, with those of each @FILE in its place."""
         options, unknown = self.parse_known_args(self.expand(arguments))
         self.reject_unknown(unknown)
+        if options.port is not None:
+            options.port = parse_port(options.port)
         return options
 
     def reject_unknown(self, unknown: List[str]) -> None:
         """Raise ValueError if there are unknown arguments. It quotes no value: see `parse_port`."""
         if unknown:
             option = unknown[0].partition("=")[0]
+            option = option if option.startswith("--") else option[:2]
             self.error("unknown option " + option if option[:1] == "-" else "more than one port")
 
     def expand(self, arguments: List[str]) -> List[str]:
@@ -2619,9 +2653,9 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def find_unknown(self, words: List[str]) -> List[str]:
-        """Return the unknown arguments among the `words` of a line."""
+        """Return the unknown options among the `words` of a line."""
         with contextlib.suppress(ValueError):  # a known option, with its value in the next line
-            return self.parse_known_args(words)[1]
+            return [word for word in self.parse_known_args(words)[1] if word.startswith("-")]
         return []
 
 
@@ -2666,14 +2700,6 @@ def workers_type(text: str) -> int:
     return len(usable_cpus()) if text == "auto" else int(count_type(text))
 
 
-def split_port(text: str) -> Tuple[str, str]:
-    """Return the host without brackets, and the port, "" if there is none."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or parse_ip(text) is not None:
-        host, port = text, ""
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, port
-
-
 def bind_type(text: str) -> str:
     """Return an address or a path to listen on, for argparse."""
     if "/" in text:
@@ -2688,17 +2714,6 @@ def bind_type(text: str) -> str:
 def no_such_option(text: str) -> int:
     """Reject the option that others have for the port, for argparse."""
     raise argparse.ArgumentTypeError("the port is an argument of its own: socks5.py 1080")
-
-
-def parse_port(text: str) -> int:
-    """Return the port. Raises ValueError, which quotes an address, but not a stray password."""
-    host, port = split_port(text)
-    if parse_ip(host) is not None:
-        raise ValueError("an address goes before the port: socks5.py -b %s %s" % (
-            host, port or PORT))
-    if not text.isdecimal() or int(text) > 65535:
-        raise ValueError("argument port: not a number from 0 to 65535")
-    return int(text)
 
 
 LIMITS = [
@@ -2865,7 +2880,7 @@ def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) 
             raise ValueError("%s is a path: do not give a port" % args.bind)
         return args.bind
     host = HOST if args.bind is None else args.bind
-    return host, PORT if args.port is None else parse_port(args.port)
+    return host, PORT if args.port is None else args.port
 
 
 def greet(server: Socks5Server) -> str:

@@ -49,6 +49,7 @@ NO_ROUTE = ("255.255.255.255", 1)  # the kernel refuses it at once: ENETUNREACH 
 USERS = {"alice": "secret", "b\u00fcb": "\u20ac", "x" * 255: "y" * 255}
 LOGIN = "05 01 02 01 05 61 6c 69 63 65 06 73 65 63 72 65 74"  # alice, secret
 REFUSED = " 00 01 00 00 00 00 00 00"  # the rest of each reply to a request that failed
+LINUX_ONLY = unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux")
 
 logging.getLogger("socks5").propagate = False
 logging.getLogger("socks5").addHandler(logging.NullHandler())
@@ -1023,6 +1024,7 @@ class SettingsTest(TestCase):
         rows += [(ValueError, "udp_ports", [port], "udp_ports") for port in (-1, 65536)]
         rows += [(TypeError, "udp_ports", [port], "udp_ports") for port in ("x", 1.5)]
         rows += [(TypeError, "users", users, "users") for users in ({b"a": "b"}, {"a": b"b"})]
+        rows += [(TypeError, name, [5], "5") for name in ("clients", "proxy_from")]
         for error, name, value, names in rows:
             with self.subTest(name, value=value), self.assertRaises(error) as caught:
                 socks5.Settings(**{name: value})
@@ -1269,6 +1271,35 @@ class DialTest(TestCase):
             wait_until(lambda count=count: descriptors() == count)
         with self.assertRaises(BlockingIOError):  # nobody went on after the success
             later.accept()
+
+    def test_many_attempts_that_fail_hold_one_descriptor_at_a_time(self):
+        peak, real = [], socket.socket.connect
+
+        def connect(sock, address):
+            peak.append(descriptors())
+            real(sock, address)
+
+        client, addresses = self.client(self.serve()).greet(), [self.dead() for _ in range(40)]
+        before = descriptors()
+        with resolver(*addresses), \
+                mock.patch.object(socket.socket, "connect", connect):
+            self.assertEqual(client.ask(80, "x.example"), 5)
+        self.assertEqual(len(peak), 40)
+        self.assertLess(max(peak), before + 10)
+
+    def test_dial_with_many_addresses_is_hung_up_on_at_once(self):
+        server, asked, address = self.serve(), threading.Event(), self.black_hole()
+        client = self.client(server).greet()
+
+        def getaddrinfo(*args, **kwargs):
+            asked.set()
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)] * 40
+
+        with mock.patch("socket.getaddrinfo", getaddrinfo):
+            client.say("05 01 00 03 09 78 2e 65 78 61 6d 70 6c 65 00 50")
+            asked.wait(PATIENCE)
+            with self.within(1):
+                server.server_close()
 
     @unittest.skipUnless(has_ipv6(), "no IPv6 on this host")
     def test_families_take_turns(self):
@@ -3048,6 +3079,32 @@ class FaultTest(SweepTestCase):
                 self.assertEqual([fields(line)["error"] for line in lines
                                   if line.startswith("session failed ")], [error])
 
+    def test_relay_whose_failure_cannot_be_logged_ends(self):
+        def fail(record):
+            raise MemoryError
+
+        for side in (0, 1):
+            server = self.serve()
+            ends = self.tunnel(server)
+            with self.subTest(SIDES[side]), breaking(READ, ends[side], MemoryError()), \
+                    mock.patch.object(logging.getLogger("socks5"), "filter", fail), \
+                    self.within(6):
+                ends[side].sendall(b"x")
+                self.assertEqual([read_all(end)[1] for end in ends], ["reset"] * 2)
+                server.drain(PATIENCE)
+                self.stop(server)
+
+    @LINUX_ONLY
+    def test_client_whose_acceptance_fails_is_closed(self):
+        server, failures = self.serve(), [MemoryError()]
+        with failing(socket.socket, "setsockopt", failures,
+                     lambda sock, *args: sock.getsockname() == server.server_address):
+            self.assertEqual(read_all(self.client(server))[0], b"")
+        self.assertEqual(failures, [])
+        with self.within(6):
+            self.client(server).greet().close()
+            server.drain(PATIENCE)
+
     def check_error(self, owner, name, error):
         """Fail if `error`, raised once by this method, ends the accepting or the sweeping."""
         clock, errors = Clock(), []
@@ -3190,7 +3247,6 @@ class EmbeddingTest(SweepTestCase):
 
 ME = pwd.getpwuid(os.getuid()).pw_name if os.name == "posix" else ""
 NOBODY, NAMELESS = 65534, 4000000123  # the second one has no name, and more than 31 bits
-LINUX_ONLY = unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux")
 SIGNATURE = "0d 0a 0d 0a 00 0d 0a 51 55 49 54 0a"
 ADDRESSES = " c0 00 02 01 c6 33 64 01 9d d0 04 38"  # 192.0.2.1:40400 to 198.51.100.1:1080
 ADDRESSES_6 = " 20 01 0d b8" + "00" * 11 + "01 20 01 0d b8" + "00" * 11 + "02 9d d0 04 38"
@@ -4130,6 +4186,7 @@ class CommandLineTest(ServiceTestCase):
                 (["-b", "[::1]:80"], ": socks5.py -b ::1 80"),
                 (["-p", "80"], ": socks5.py 1080"), (["--port=80"], ": socks5.py 1080"),
                 (["1", "hunter2"], "more than one port"), (["--no-such=hunter2"], "--no-such"),
+                (["-Ualice:hunter2"], "unknown option -U"),
                 (["--no-such", "hunter2"], "unknown option --no-such"),
                 (["hunter2"], "argument port: not a number from 0 to 65535")]:
             with self.subTest(options):
@@ -4195,6 +4252,7 @@ class CommandLineTest(ServiceTestCase):
                     ("--users %s" % users.replace(" ", ""), {"users": {"bob": "secret"}}),
                     ("--udp-timeout 7 #seconds", {"udp_timeout": 7}),
                     ("\t#--linger 2\n--deny\n b", {"rules": ["deny b"]}),
+                    ("--deny\nb 0\n--linger 2", {"rules": ["deny b"], "linger": 2}),
                     ("--users '%s' # mine" % users, {"users": {"alice": "secret"}}),
                     ('--users "%s"' % users, {"users": {"alice": "secret"}}),
                     ("--users %s" % users.replace(" ", "\\ "), {"users": {"alice": "secret"}})):
@@ -4598,6 +4656,15 @@ class SignalsTest(ServiceTestCase):
         service.wait_for("NOTICE settings reloaded")
         self.assertEqual(self.answers(service, "bob", "one"), {octets("05 02 01 01")})
         self.assertEqual(self.answers(service, "alice", "one"), {self.denied})
+
+    def test_stray_word_makes_a_reload_fail(self):
+        options, file = self.file(b"--deny 127.0.0.1:1\n0"), tempfile.TemporaryFile()  # noqa: SIM115
+        self.addCleanup(file.close)
+        service = Service(self.start("socks5.py", "-q", "@" + options, stdout=file, stderr=file),
+                          file)
+        service.wait_for("Serving SOCKS5")
+        self.write(options, b"--deny 127.0.0.1 :1")
+        self.assertIn("argument port", self.reload(service, "WARNING reload failed"))
 
     def reports(self, service):
         """Have `service` report; return the new lines."""
