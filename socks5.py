@@ -414,20 +414,6 @@ LONGEST_LINE = 107     # bytes of a header of version 1
 LONGEST_HEADER = 4096  # bytes behind LEN
 
 
-def read_proxy_header(stream: Any) -> Optional[Address]:
-    """Return the address of a balancer's client, None if it has none (a health check).
-
-    Raises ProtocolError if the header is not valid.
-    """
-    first = read_exactly(stream, 1)
-    try:
-        if first == SIGNATURE[:1]:
-            return read_proxy_block(stream)
-        return read_proxy_line(stream, first)
-    except (OSError, ValueError):  # an address or a number that is broken
-        raise ProtocolError("not-proxy") from None
-
-
 def read_proxy_line(stream: Any, line: bytes) -> Optional[Address]:
     """Return the address in a header of version 1. Raises ValueError or OSError."""
     while line[:1] == b"P" and not line.endswith(b"\n") and len(line) < LONGEST_LINE:
@@ -455,6 +441,20 @@ def read_proxy_block(stream: Any) -> Optional[Address]:
         raise ValueError
     packed, port = struct.unpack_from(layout, body)
     return Address(socket.inet_ntop(family, packed), port)
+
+
+def read_proxy_header(stream: Any) -> Optional[Address]:
+    """Return the address of a balancer's client, None if it has none (a health check).
+
+    Raises ProtocolError if the header is not valid.
+    """
+    first = read_exactly(stream, 1)
+    try:
+        if first == SIGNATURE[:1]:
+            return read_proxy_block(stream)
+        return read_proxy_line(stream, first)
+    except (OSError, ValueError):  # an address or a number that is broken
+        raise ProtocolError("not-proxy") from None
 
 
 # ---- rules: who may connect, where they may go, and for how long -------------------------
@@ -836,6 +836,11 @@ Candidate = Tuple[int, Tuple[Any, ...]]  # a family, and a sockaddr: what ``conn
 SocketHook = Callable[[Any], None]  # called with a socket
 
 
+def seconds_until(deadline: float) -> float:
+    """Return how long to wait for something until `deadline` (monotonic clock)."""
+    return min(LONG_WAIT, max(SHORT_WAIT, deadline - time.monotonic()))
+
+
 class Resolver:
     """The system's resolver. It knows no deadline, so each look-up has a thread of its own.
 
@@ -881,11 +886,6 @@ class Resolver:
             answers.put(error)
         finally:
             self.slots.release()
-
-
-def seconds_until(deadline: float) -> float:
-    """Return how long to wait for something until `deadline` (monotonic clock)."""
-    return min(LONG_WAIT, max(SHORT_WAIT, deadline - time.monotonic()))
 
 
 def interleave(candidates: List[Candidate]) -> List[Candidate]:
@@ -2808,6 +2808,23 @@ def is_open(args: argparse.Namespace, address: Any, mode: int) -> bool:
     return not args.clients and (bool(args.proxy_from) or not is_loopback(address[0]))
 
 
+def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) -> None:
+    """Raise ValueError if nobody checks the user of `rule`, and log what may be a mistake."""
+    if users is None and rule.user and is_path:
+        if not hasattr(socket, "SO_PEERCRED"):
+            raise ValueError("%s: without --users, this system does not tell users of a Unix "
+                             "socket" % rule.text)
+    elif rule.user and rule.user not in (users or {}):
+        if rule.allows:
+            raise ValueError("%s: no such user" % rule.text)
+        log.warning("%s: no such user", rule.text)
+    host = rule.text.partition(":")[2].rpartition("@")[2]
+    address, _, port = host.rpartition(":")
+    if port.isdecimal() and ":" in address and parse_ip(address) is not None:
+        log.warning("%s is for the address %s and all ports; for one port, write [%s]:%s",
+                    rule.text, host, address, port)
+
+
 def read_settings(args: argparse.Namespace, address: Any, mode: int) -> Settings:
     """Return the settings of `args`, and of the files that they name, for a server at `address`.
 
@@ -2826,23 +2843,6 @@ def read_settings(args: argparse.Namespace, address: Any, mode: int) -> Settings
     for rule in settings.rules:
         check_rule(rule, users, isinstance(address, str))
     return settings
-
-
-def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) -> None:
-    """Raise ValueError if nobody checks the user of `rule`, and log what may be a mistake."""
-    if users is None and rule.user and is_path:
-        if not hasattr(socket, "SO_PEERCRED"):
-            raise ValueError("%s: without --users, this system does not tell users of a Unix "
-                             "socket" % rule.text)
-    elif rule.user and rule.user not in (users or {}):
-        if rule.allows:
-            raise ValueError("%s: no such user" % rule.text)
-        log.warning("%s: no such user", rule.text)
-    host = rule.text.partition(":")[2].rpartition("@")[2]
-    address, _, port = host.rpartition(":")
-    if port.isdecimal() and ":" in address and parse_ip(address) is not None:
-        log.warning("%s is for the address %s and all ports; for one port, write [%s]:%s",
-                    rule.text, host, address, port)
 
 
 def prepare_process(level: int) -> None:
