@@ -1492,7 +1492,7 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
         return method if method in offered else Method.NO_ACCEPTABLE_METHODS
 
     def log_in(self) -> None:
-        """Check a login (RFC 1929). If it is wrong, pause, answer, and hang up."""
+        """Check a login (RFC 1929). A wrong password costs a pause and the connection."""
         username, password = read_credentials(self.rfile)
         user = username.decode("utf-8", "surrogateescape")
         if not self.authenticate(username, password):
