@@ -1802,8 +1802,8 @@ class Socks5RequestHandler(socketserver.StreamRequestHandler):
     def hang_up(self, end: str) -> None:
         """Wake the threads of the session, which then end it; called from another thread.
 
-        A session in the phases connect and bind may open another socket afterwards: there,
-        repeat it until the session has ended.
+        BIND, or a `connect` hook, may open another socket afterwards: so repeat it until the
+        session has ended.
         """
         self.set_end(end)
         self.start_phase("closing", NEVER)
@@ -2534,7 +2534,7 @@ class Service:
     # -- workers
 
     def look_after_workers(self) -> None:
-        """Start missing workers. After a stop, forget those that have ended."""
+        """Start missing workers. After a stop, forget ended workers."""
         now = time.monotonic()
         if not self.server.is_accepting:
             self.workers = [worker for worker in self.workers if not worker.has_died()]
@@ -2663,6 +2663,7 @@ def number_type(convert: Callable[[str], float], least: float, most: float,
                 kind: str = "") -> Callable[[str], Any]:
     """Return a type for argparse. Errors do not quote the value: it may be a stray password."""
     def converted(text: str) -> float:
+        """Return the number. Raises ArgumentTypeError."""
         with contextlib.suppress(ValueError):
             if least <= convert(text) <= most:
                 return convert(text)

@@ -3094,6 +3094,14 @@ class FaultTest(SweepTestCase):
                 server.drain(PATIENCE)
                 self.stop(server)
 
+    def test_place_of_a_user_is_free_again_if_finish_fails(self):
+        server, port = self.serve(users=USERS, max_per_user=1), self.echo()
+        with failing(socks5.Socks5RequestHandler, "state", [MemoryError()]):
+            for _ in range(2):
+                with self.client(server).log_in() as client:
+                    self.assertEqual(client.ask(port), Reply.SUCCEEDED)
+                server.drain(PATIENCE)
+
     @LINUX_ONLY
     def test_client_whose_acceptance_fails_is_closed(self):
         server, failures = self.serve(), [MemoryError()]
@@ -4658,7 +4666,8 @@ class SignalsTest(ServiceTestCase):
         self.assertEqual(self.answers(service, "alice", "one"), {self.denied})
 
     def test_stray_word_makes_a_reload_fail(self):
-        options, file = self.file(b"--deny 127.0.0.1:1\n0"), tempfile.TemporaryFile()  # noqa: SIM115
+        options = self.file(b"--deny 127.0.0.1:1\n0")
+        file = tempfile.TemporaryFile()  # noqa: SIM115
         self.addCleanup(file.close)
         service = Service(self.start("socks5.py", "-q", "@" + options, stdout=file, stderr=file),
                           file)
