@@ -10,23 +10,24 @@ help:		## list the targets
 run:		## serve on 127.0.0.1:1080
 	$(PYTHON) socks5.py
 
-# $(call with,SERVER,NAME,COMMAND): start SERVER on a free port, set $NAME to the port in its
-# first line, run COMMAND and stop SERVER. The first sh tells its process ID and becomes SERVER.
-# cat waits for the end of SERVER.
-with = sh -c 'echo $$$$; exec $(PYTHON) $(1) 0' | { \
-	read -r pid; trap 'kill $$pid 2>/dev/null; cat >/dev/null' EXIT; trap 'exit 1' INT TERM HUP; \
-	read -r line || { echo "make: $(1) did not start" >&2; exit 1; }; \
-	echo "$$line"; $(2)=$${line\#* port }; $(2)=$${$(2)%% *}; \
-	$(3); }
-
+# A server writes its first line into a pipe as soon as it listens.
 demo:		## send a line through a proxy to an echo server and back
-	@$(call with,socks5.py,proxy,$(call with,echo_server.py,echo,\
-	said=$$(printf hello | nc -N -X 5 -x 127.0.0.1:$$proxy 127.0.0.1 $$echo) && \
-	echo "sent hello through the proxy and received $$said"))
+	@trap 'trap "" INT TERM; kill $$proxy $$echo 2>/dev/null; wait; rm -r $$pipes' EXIT; \
+	trap 'exit 1' INT TERM HUP; \
+	pipes=$$(mktemp -d); mkfifo $$pipes/proxy $$pipes/echo; \
+	$(PYTHON) socks5.py 0 >$$pipes/proxy & proxy=$$!; \
+	$(PYTHON) echo_server.py 0 >$$pipes/echo & echo=$$!; \
+	{ read -r _ _ _ proxy_host _ proxy_port _ <&3 && read -r _ _ _ _ _ host _ port _ <&4 && \
+	said=$$(printf hello | nc -N -X 5 -x $$proxy_host:$$proxy_port $$host $$port) && \
+	echo "sent hello through the proxy and received $$said"; } 3<$$pipes/proxy 4<$$pipes/echo
 
 bench:		## compare the proxy with a direct connection; more with ARGS="--seconds 10"
-	@$(call with,socks5.py -q,proxy,\
-	$(PYTHON) echo_server.py --through 127.0.0.1:$$proxy $(ARGS) </dev/null)
+	@trap 'trap "" INT TERM; kill $$proxy 2>/dev/null; wait; rm -r $$pipes' EXIT; \
+	trap 'exit 1' INT TERM HUP; \
+	pipes=$$(mktemp -d); mkfifo $$pipes/proxy; \
+	$(PYTHON) socks5.py -q 0 >$$pipes/proxy & proxy=$$!; \
+	{ read -r greeting && url=$${greeting#*\(} && \
+	$(PYTHON) echo_server.py --through $${url%%)*} $(ARGS) </dev/null; } <$$pipes/proxy
 
 test:		## run the tests; another Python with PYTHON=python3.9
 	$(PYTHON) -m unittest
