@@ -11,7 +11,6 @@ import contextlib
 import errno
 import gc
 import io
-import json
 import logging
 import os
 import queue
@@ -5187,34 +5186,46 @@ class FloodTest(ServiceTestCase):
 
 # ---- echo_server.py ----------------------------------------------------------------------
 
-NOT_UTF8 = os.fsdecode(b"\xff")  # as it is in sys.argv
+POSIX_ONLY = unittest.skipIf(os.name == "nt", "starts processes as only POSIX can")
+SOON = 10  # seconds; subprocess.TimeoutExpired says which command takes longer
 
 
-class EchoServerTest(CommandTestCase):
+class EchoTestCase(CommandTestCase):
+    def finish(self, process):
+        """Return the exit status, the output and the last error of `process`.
+
+        Its children have ended, too, because they share its stderr.
+        """
+        out, err = process.communicate(timeout=SOON)
+        self.assertNotIn("Traceback", err)
+        return process.returncode, out, err.rpartition("echo_server.py: ")[2]
+
+
+@POSIX_ONLY
+class EchoServerTest(EchoTestCase):
     def test_tcp_and_udp(self):
-        process = self.start("echo_server.py", "0")
-        address = ("127.0.0.1", self.port(process))
+        address = ("127.0.0.1", self.port(self.start("echo_server.py", "0")))
         client = self.own(socket.create_connection(address))
         content = pattern(MEBIBYTE)
-        self.thread(lambda: (client.sendall(content), client.shutdown(socket.SHUT_WR)))
+        self.send(client, content, end=True)
         self.assertEqual(read_all(client), (content, "end"))
-        with self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        with self.datagrams() as sock:
             for datagram in (b"", b"ping", bytes(9000)):
                 sock.sendto(datagram, address)
                 self.assertEqual(sock.recv(65536), datagram)
 
-    def test_shutting_down(self):
+    def test_signals_end_it(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             process = self.start("echo_server.py", "0")
             self.port(process)
             process.send_signal(number)
-            self.assertEqual(process.communicate(timeout=PATIENCE), ("Shutting down.\n", ""))
-            self.assertEqual(process.returncode, 0)
+            self.assertEqual(self.finish(process), (0, "", ""))
+        with contextlib.redirect_stdout(mock.Mock(write=mock.Mock(side_effect=OSError))):
+            echo_server.announce("to a full disk")
 
     def test_datagrams_from_its_own_port_are_ignored(self):
-        with echo_server.DatagramEchoServer(
-                ("127.0.0.1", 0), echo_server.DatagramRequestHandler) as server:
-            client = self.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with echo_server.DatagramEchoServer(("127.0.0.1", 0), None) as server, \
+                self.datagrams() as client:
             server.socket.sendto(b"from itself", server.server_address)
             client.sendto(b"from a client", server.server_address)
             server.handle_request()
@@ -5224,8 +5235,7 @@ class EchoServerTest(CommandTestCase):
             self.assertRaises(BlockingIOError, server.socket.recv, 100)  # no echo to itself
 
     def test_a_client_without_a_thread_costs_one_line(self):
-        with echo_server.EchoServer(
-                ("127.0.0.1", 0), echo_server.EchoRequestHandler) as server:
+        with echo_server.EchoServer(("127.0.0.1", 0), None) as server:
             client = self.own(socket.create_connection(server.server_address))
             with mock.patch("threading.Thread.start", side_effect=RuntimeError("no thread")), \
                     contextlib.redirect_stderr(io.StringIO()) as err:
@@ -5234,198 +5244,128 @@ class EchoServerTest(CommandTestCase):
                              "echo_server.py: error: client rejected: no thread\n")
             self.assertEqual(read_all(client), (b"", "end"))
 
-    def test_listening_fails(self):
-        taken = str(self.listen().getsockname()[1])
-        status, err = self.run_to_end("echo_server.py", taken)
-        self.assertEqual(status, 1)
-        self.assertRegex(err, r"^echo_server\.py: error: cannot listen on 127\.0\.0\.1 port %s: "
-                              r"[^\[\n]+\n$" % taken)
-
-    def test_usage_errors(self):
-        for argv, problem in [
-                (["99999"], "argument port: '99999' is not a port from 0 to 65535"),
-                (["-1"], "argument port: '-1' is not a port from 0 to 65535"),
-                (["-b", "a..b"], "'a..b' is neither a host name nor an address"),
-                (["-b", NOT_UTF8], "is neither a host name nor an address"),
-                (["-b", ""], "'' is neither a host name nor an address"),
-                (["--through", "a..b:80"], "'a..b' is neither a host name nor an address"),
-                (["--through", "x"], "argument --through: 'x' is not HOST:PORT"),
-                (["--through", "x:99999"], "argument --through: '99999' is not a port from"),
-                (["--port", "80"], "unrecognized arguments: --port")]:
-            with contextlib.redirect_stderr(io.StringIO()) as err, \
-                    self.assertRaises(SystemExit) as raised:
-                echo_server.make_parser().parse_args(argv)
-            error, hint = err.getvalue().splitlines()
-            self.assertTrue(error.startswith("echo_server.py: error: "), error)
-            self.assertIn(problem, error)
-            self.assertEqual((hint, raised.exception.code), ("see echo_server.py --help", 2))
-
-    def test_addresses(self):
-        for text, address in [("[::1]:1080", ("::1", 1080)), ("::1:1080", ("::1", 1080)),
-                              ("localhost:0", ("localhost", 0))]:
-            self.assertEqual(echo_server.address(text), address)
+    def test_errors(self):
+        taken, dead = (str(address[1]) for address in (self.listen().getsockname(), self.dead()))
+        proxy = "is not HOST:PORT or socks5h://HOST:PORT"
+        cases = [
+            (2, "--through :1080", "argument --through: ':1080' " + proxy),
+            (2, "--through http://x:80", "argument --through: 'http://x:80' " + proxy),
+            (2, "--through x:99999", "argument --through: '99999' is not a number from 0 to 65535"),
+            (2, ":80", "argument port: ':80' is not a number from 0 to 65535"),
+            (2, "--sessions 0", "argument --sessions: '0' is not a number from 1 to 65535"),
+            (2, "--seconds 2", "--seconds needs --through"),
+            (1, taken, "cannot listen on 127.0.0.1 port %s: Address already in use" % taken),
+            (1, "-b " + os.fsdecode(b"\xff"), "cannot listen on "),
+            (1, "--through a..b:80", "cannot measure through a..b port 80: "),
+            (1, "--through [::ffff:127.0.0.1]:" + dead, "cannot measure through ::ffff:127.0.0.1")]
+        processes = [self.start("echo_server.py", *options.split()) for _, options, _ in cases]
+        for (status, _, problem), process in zip(cases, processes):
+            found, out, error = self.finish(process)
+            self.assertEqual((found, out, error.count("\n")), (status, "", 1))
+            self.assertIn("error: " + problem, error)
 
 
-class MeasuringTest(CommandTestCase):
+@POSIX_ONLY
+class MeasuringTest(EchoTestCase):
     def measure(self, port, *options, **settings):
-        """Start a measurement through the proxy on `port`."""
-        return self.start("echo_server.py", "--through", "127.0.0.1:%d" % port, *options,
-                          **settings)
+        """Start a measurement, as short as possible, through the proxy on `port`."""
+        return self.start("echo_server.py", "--through", "socks5h://127.0.0.1:%d/" % port,
+                          "--seconds", "0", *options,
+                          env=dict(os.environ, SOCKS5_PASSWORD="secret"), **settings)
+
+    def check_error(self, problem, port, *options):
+        """Check that a measurement ends with one line, before the first figure."""
+        status, out, error = self.finish(self.measure(port, *options))
+        self.assertEqual((status, out, error), (
+            1, "", "error: cannot measure through 127.0.0.1 port %d: %s\n" % (port, problem)))
 
     def test_table(self):
         server = self.serve(users={"alice": "secret"})
-        with mock.patch.dict(os.environ, SOCKS5_PASSWORD="secret"):
-            process = self.measure(server.server_address[1], "--user", "alice",
-                                   "--seconds", "0.01", "--sessions", "21", descriptors=(20, 200))
-            out, err = process.communicate(timeout=PATIENCE)
-        self.assertEqual(process.returncode, 0, err)
-        self.assertEqual(re.findall("^(.+): through the proxy, then directly", err, re.MULTILINE),
-                         [name for name, _, _ in echo_server.MEASURES])
-        rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[1:]}
-        self.assertEqual(list(rows), ["sessions/s", "round trips/s", "p50 ms", "p99 ms",
-                                      "MiB/s each way", "sessions held", "failures"])
-        self.assertEqual(rows.pop("failures"), ["0", "0"])
-        self.assertEqual(rows["sessions held"], ["21", "21", "1.00", "#" * 30])
-        for figures in rows.values():
-            self.assertGreater(min(map(float, figures[:2])), 0)
-
-    def test_rows(self):
-        for row, ratio in [(("x/s", 10, 20), 0.5), (("x ms", 4, 2), 0.5), (("x", 0, 20), 0),
-                           (("x/s", 20, 10), 2), (("x", 20, 0), 0), (("x ms", 0, 0), 0)]:
-            self.assertEqual(echo_server.format_row(*row).split()[-(2 if ratio else 1):],
-                             ["%.2f" % ratio] + ["#" * int(min(30 * ratio, 34))] * bool(ratio))
-
-    def test_a_load_has_one_step_at_least(self):
-        self.assertEqual(len(list(echo_server.until(end=0))), 1)
+        process = self.measure(server.server_address[1], "--user", "alice", "--sessions", "21",
+                               descriptors=(20, 200))
+        status, out, err = self.finish(process)
+        self.assertEqual((status, err), (0, ""))
+        rows = [(line[:24].strip(), *line[24:].split()) for line in out.splitlines()[1:]]
+        self.assertEqual([row[0] for row in rows[::2]], [
+            "sessions/s", "round trips/s", "MiB/s each way", "round trips/s, 21 held"])
+        self.assertEqual([row[1] for row in rows], 4 * ["through", "directly"])
+        for through, directly in zip(rows[::2], rows[1::2]):
+            self.assertEqual(max(through[5:] + directly[5:]), 18 * "#")
+            for figure in through[2:5] + directly[2:5]:
+                self.assertGreater(float(figure.replace(",", "")), 0)
 
     def test_figures(self):
-        times = [number / 1000 for number in range(100, 0, -1)]
-        self.assertEqual([round(echo_server.percentile(percent)(times, 1)) for percent in (50, 99)],
-                         [51, 100])
-        self.assertEqual(echo_server.percentile(50)([], 1), 0)
-        self.assertEqual(echo_server.rate(0.5)(times, 4), 12.5)
+        def load(way, end):
+            yield from (number / 1000 for number in range(100 if way.through else 50, 0, -1))
 
-    def test_status(self):
-        for failures, status in ((0, 0), (1, 1), (0, 1)):
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                results = [[([0.5], 1, failures), ([0.5], 1, status)]] * 4
-                self.assertEqual(echo_server.print_table(results), status)
-            self.assertEqual(out.getvalue().splitlines()[-1].split(),
-                             ["failures", str(4 * failures), str(4 * status)])
+        with mock.patch.multiple(echo_server, MEASURES=[("x/s", 2, load)], connect=mock.MagicMock(),
+                                 echo=mock.Mock(), forked_target=mock.MagicMock()), \
+                contextlib.redirect_stdout(io.StringIO()) as out:
+            echo_server.measure(argparse.Namespace(through=("", 1), user="", sessions=1, seconds=0))
+        self.assertEqual([line.split() for line in out.getvalue().splitlines()[1:]], [
+            ["x/s", "through", "39.6", "51", "100", 9 * "#"],
+            ["x/s", "directly", "78.4", "26", "50", 18 * "#"]])
+        self.assertEqual([echo_server.show(figure) for figure in (12345.6, 999.6, 7.8912, 0.01234)],
+                         ["12,346", "1,000", "7.89", "0.0123"])
+        self.assertEqual(len(list(echo_server.until(end=0))), 1)
 
-    def test_results_of_workers_are_merged(self):
-        def worker(result):
-            return mock.Mock(stdin=io.StringIO(), stdout=io.StringIO(json.dumps(result) + "\n"))
+    def test_a_proxy_that_does_not_work(self):
+        login = self.serve(users={"alice": "other"}).server_address[1]
+        self.check_error("Connection refused", self.dead()[1])
+        self.check_error("the proxy requires a login: add --user NAME", login)
+        self.check_error("the proxy rejected the user or the password", login, "--user", "alice")
+        self.check_error("user or password longer than 255 bytes", login, "--user", 256 * "x")
+        self.check_error("the proxy accepts no login: leave out --user",
+                         self.serve().server_address[1], "--user", os.fsdecode(b"\xff"))
+        self.check_error("the proxy answered CONNECT with reply 2", self.serve(
+            hooked(authorize=lambda *_: False)).server_address[1])
 
-        workers = [worker([[1, 2], 2, []]), worker([[3], 4, ["timed out"]])]
-        path = echo_server.Path(("127.0.0.1", 1))
-        args = mock.Mock(seconds=5, sessions=7)
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            self.assertEqual(echo_server.run_workers(workers, 0, path, args), ([1, 2, 3], 3, 1))
-        self.assertEqual(err.getvalue(), "echo_server.py: error: sessions directly: timed out\n")
-        tasks = [json.loads(worker.stdin.getvalue()) for worker in workers]
-        self.assertEqual([task[3] for task in tasks], [7, 0])
-        with self.assertRaises(ChildProcessError):  # stdout is at its end
-            echo_server.run_workers(workers, 0, path, args)
+    def talk(self, said, function, *args):
+        """Call `function` with a socket, to a peer that says this and ends. Return the peer."""
+        ours, peer = map(self.own, socket.socketpair())
+        peer.sendall(said)
+        peer.shutdown(socket.SHUT_WR)
+        function(ours, *args)
+        self.assertEqual(ours.recv(2), b"x")  # nothing less and nothing more was read
+        return peer
 
-    def run_load(self, number, address, count=3):
-        """The result of a load on `address`. It may take PATIENCE."""
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            echo_server.run_load(number, [address], PATIENCE, count)
-        return json.loads(out.getvalue())
+    def test_answers(self):
+        for answer, problem in ((b"HTTP/1.0 400", "it answered b'HT'"), (b"", "connection closed")):
+            with self.assertRaisesRegex(ConnectionError, "^%s: no SOCKS5 server there.$" % problem):
+                self.talk(answer, echo_server.greet, b"", b"")
+        silent, _ = map(self.own, socket.socketpair())
+        silent.settimeout(0.01)
+        with self.assertRaisesRegex(ConnectionError, "^timed out: no SOCKS5 server there.$"):
+            echo_server.greet(silent, b"", b"")
+        for reply in ("05 00 00 01" + 6 * "00", "05 00 00 04" + 18 * "00"):
+            peer = self.talk(octets(reply + "78"), echo_server.request, "127.0.0.1", 80)
+            self.assertEqual(peer.recv(20), octets("05 01 00 01 7f 00 00 01 00 50"))
+        for data, problem in ((b"", "connection closed"), (b"?", "bytes changed on the way")):
+            with self.assertRaisesRegex(ConnectionError, "^%s$" % problem):
+                self.talk(data, echo_server.echo, b"x")
 
-    def test_a_load_ends_at_its_first_timeout(self):
-        for number in range(len(echo_server.MEASURES)):
-            listener = self.listen()
+    def test_an_error_names_the_load(self):
+        server = self.serve(max_sessions=5)
+        status, out, error = self.finish(self.measure(server.server_address[1], "--sessions", "9"))
+        self.assertEqual((status, out.count("\n")), (1, 7))
+        self.assertIn(": round trips/s, 9 held through the proxy: ", error)
 
-            def answer_once(listener=listener):
-                sock = self.own(listener.accept()[0])
-                sock.sendall(read_count(sock, 64))
+    def test_measuring_without_fork(self):
+        process = self.start("-c", "import os; del os.fork; import echo_server; "
+                             "echo_server.main(['--through', '127.0.0.1:1'])")
+        self.assertIn(": measuring needs a POSIX system\n", self.finish(process)[2])
 
-            self.thread(answer_once)
-            with mock.patch.object(echo_server, "TIMEOUT", 0.05):
-                times, seconds, failures = self.run_load(number, listener.getsockname())
-            self.assertLessEqual(len(times), 1)
-            self.assertEqual(failures, ["timed out"])
-            self.assertLess(seconds, PATIENCE / 2)
-
-    def test_lost_and_changed_bytes_are_failures(self):
-        def answer(listener, change):
-            with self.own(listener.accept()[0]) as sock:
-                sock.sendall(change(read_count(sock, 64)))
-
-        for change, failure in [(lambda data: data[:-1], "connection closed"),
-                                (lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-                                 "bytes changed on the way")]:
-            listener = self.listen()
-            self.thread(answer, listener, change)
-            self.assertEqual(self.run_load(0, listener.getsockname())[::2], [[], [failure]])
-
-    def test_a_held_session_that_was_lost_is_a_failure(self):
-        listener = self.listen()
-
-        def answer():
-            with self.own(listener.accept()[0]) as lost:
-                lost.sendall(read_count(lost, 64))
-                sock = self.own(listener.accept()[0])
-            sock.sendall(read_count(sock, 64))
-
-        self.thread(answer)
-        held = [name for name, _, _ in echo_server.MEASURES].index("sessions held")
-        times, _, failures = self.run_load(held, listener.getsockname(), count=2)
-        self.assertEqual((len(times), len(failures)), (2, 1))
-
-    def negotiate(self, answers, **login):
-        """What is sent to a proxy that gives these answers, or the error."""
-        ours, proxy = map(self.own, socket.socketpair())
-        proxy.sendall(bytes.fromhex(answers))
-        proxy.shutdown(socket.SHUT_WR)
-        path = echo_server.Path(("127.0.0.1", 80), ours.getsockname(), **login)
-        try:
-            path.negotiate(ours)
-        except OSError as error:
-            return str(error)
-        self.assertEqual(ours.recv(1), b"x")  # nothing less and nothing more was read
-        ours.close()
-        return read_all(proxy)[0]
-
-    def test_negotiation(self):
-        request, user = b"\5\1\0\1\x7f\0\0\1\0\x50", {"user": NOT_UTF8, "password": "secret"}
-        ipv4, ipv6 = "05 00 00 01" + 6 * "00" + "78", "05 00 00 04" + 18 * "00" + "78"
-        for answers, login, outcome in [
-                ("05 00" + ipv4, {}, b"\5\1\0" + request),
-                ("05 00" + ipv6, {}, b"\5\1\0" + request),
-                ("05 02 01 00" + ipv4, user, b"\5\1\2\1\1\xff\6secret" + request),
-                ("05 ff", {}, "the proxy does not select method 0"),
-                ("05 ff", user, "the proxy does not select method 2"),
-                ("05 02 01 01", user, "the proxy rejects the user or the password"),
-                ("05 00 05 02 00 01", {}, "the proxy answers CONNECT with reply 2"),
-                ("05 00 05", {}, "connection closed"),
-                ("", {"user": "x" * 256}, "the user or the password has more than 255 bytes")]:
-            self.assertEqual(self.negotiate(answers, **login), outcome)
-
-    def test_no_way_through(self):
-        port = self.serve(users={"alice": "secret"}).server_address[1]
-        with mock.patch.dict(os.environ, SOCKS5_PASSWORD="secret"):
-            for proxy, user in ((self.dead()[1], "alice"), (port, NOT_UTF8)):
-                process = self.measure(proxy, "--user", user)
-                out, err = process.communicate(timeout=PATIENCE)
-                self.assertRegex(err, r"^echo_server\.py: error: cannot measure through 127\.0\.0"
-                                      r"\.1 port %d: [^\[\n]+\n$" % proxy)
-                self.assertEqual((process.returncode, out), (1, ""))
-
-    def test_no_process_is_left_when_it_is_killed(self):
-        for number, expected in ((signal.SIGKILL, ("", -signal.SIGKILL)),
-                                 (signal.SIGTERM, ("Shutting down.\n", 1))):
+    def test_no_process_is_left(self):
+        for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 1),
+                               (signal.SIGINT, 1)):
             sessions = queue.Queue()
-            port = self.serve(hooked(authorize=lambda _, destination, sessions=sessions: (
-                not sessions.put(destination)))).server_address[1]
-            process = self.measure(port, "--seconds", "3600")
-            for _ in range(2):  # one of its own, and one of a process that it has started
-                sessions.get(timeout=PATIENCE)
+            server = self.serve(hooked(authorize=lambda *args, sessions=sessions: (
+                not sessions.put(args))))
+            process = self.measure(server.server_address[1], "--seconds", "99")
+            for _ in range(3):  # the load has begun
+                sessions.get(timeout=SOON)
             process.send_signal(number)
-            out, err = process.communicate(timeout=PATIENCE)  # until the last process has ended
-            self.assertEqual((out, process.returncode, err.count("\n")), expected + (1,))
+            self.assertEqual(self.finish(process)[::2], (status, ""))
 
 
 # ---- README ------------------------------------------------------------------------------
@@ -5597,111 +5537,104 @@ class ReadmeTest(ServiceTestCase):
 
 # ---- Makefile and .ci/run ----------------------------------------------------------------
 
-class ScriptTestCase(TestCase):
-    """Runs scripts in a folder with commands that the test has made up."""
+def run_script(*command, **settings):
+    """Return the exit status and the output of a command, once all its processes have ended."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, timeout=SOON,
+                          **settings)
+    return done.returncode, done.stdout
 
+
+@POSIX_ONLY
+@unittest.skipUnless(shutil.which("make") and shutil.which("nc"), "no make or no nc here")
+class MakefileTest(TestCase):
+    def make(self, target, options="", python=sys.executable):
+        """Return the exit status and the output of make in the checkout."""
+        return run_script("make", target, "PYTHON=" + python, "ARGS=" + options, cwd=HERE)
+
+    def test_help(self):
+        with open(os.path.join(HERE, "Makefile")) as file:
+            (targets,) = re.findall(r"^\.PHONY: help (.+)$", file.read(), re.MULTILINE)
+        status, out = self.make("help")
+        self.assertEqual((status, "$" in out), (0, False))
+        self.assertEqual(re.findall(r"^  make (\S+)\t ", out, re.MULTILINE)[1:], targets.split())
+
+    def test_servers_are_started_and_stopped(self):
+        for target, options, status, line in [
+                ("demo", "", 0, "received hello\n"),
+                ("bench", "--seconds 0 --sessions 3", 0, "round trips/s, 3 held   directly"),
+                ("bench", "--sessions none", 2, "'none' is not a number")]:
+            found, out = self.make(target, options)
+            self.assertEqual((found, line in out), (status, True), out)
+
+    def test_a_server_that_does_not_start(self):
+        for target in ("bench", "demo"):
+            status, out = self.make(target, python="sh -c '[ $$0 != socks5.py ] && echo $$0'")
+            self.assertEqual((status, "received" in out, "echo_server.py\n" in out),
+                             (2, False, False))
+
+    def test_interrupted_bench(self):
+        with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+                ["make", "PYTHON=" + sys.executable, "bench"], cwd=HERE, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, preexec_fn=os.setsid,
+                env=dict(os.environ, TMPDIR=folder)) as process:
+            self.assertIn(b"p50 ms", process.stdout.readline())
+            os.killpg(process.pid, signal.SIGINT)
+            process.communicate(timeout=SOON)  # until all processes have ended
+            self.assertNotEqual(process.returncode, 0)
+            self.assertEqual(os.listdir(folder), [])
+
+
+@POSIX_ONLY
+@unittest.skipUnless(shutil.which("bash"), "no bash here")
+class CiTest(TestCase):
     def setUp(self):
         super().setUp()
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
+        for name in (".ci", "bin"):
+            os.mkdir(os.path.join(self.folder, name))
+        shutil.copy(os.path.join(HERE, ".ci", "run"), os.path.join(self.folder, ".ci", "run"))
+        for name in ("bash", "dirname", "grep", "head", "ls", "sort"):
+            os.symlink(shutil.which(name), os.path.join(self.folder, "bin", name))
 
-    def write(self, name, content):
-        """The path of a new executable file."""
-        path = os.path.join(self.folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            file.write(content)
+    def command(self, name, script):
+        """Make `script` the command `name`."""
+        path = os.path.join(self.folder, "bin", name)
+        self.write(path, b"#!/bin/sh\n" + os.fsencode(script))
         os.chmod(path, 0o755)
-        return path
 
-    def run_script(self, *command, **settings):
-        """The exit status and the output of a command."""
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, universal_newlines=True,
-                              timeout=PATIENCE, **settings)
-        return done.returncode, done.stdout
-
-
-@unittest.skipUnless(shutil.which("make"), "no make here")
-class MakefileTest(ScriptTestCase):
-    def make(self, *arguments):
-        return self.run_script("make", *arguments, cwd=HERE)
-
-    def test_help(self):
-        status, out = self.make("help")
-        self.assertEqual(status, 0)
-        self.assertNotIn("$", out)
-        with open(os.path.join(HERE, "Makefile")) as file:
-            (targets,) = re.findall(r"^\.PHONY: help (.+)$", file.read(), re.MULTILINE)
-        self.assertEqual(re.findall(r"^  make (\S+)\t ", out, re.MULTILINE)[1:], targets.split())
-
-    @unittest.skipUnless(shutil.which("nc"), "no nc here")
-    def test_demo(self):
-        status, out = self.make("demo", "PYTHON=" + sys.executable)
-        self.assertEqual((status, "received hello\n" in out), (0, True), out)
-
-    def test_bench_reads_the_port_and_stops_the_proxy(self):
-        python = self.write("python", "#!/bin/sh\ncase $* in 'socks5.py -q 0')\n"
-                            "echo Serving on x port 4321 '(x)'; exec sleep 99;; esac\n"
-                            "echo python $*")
-        for argument, expected in (("ARGS=--seconds 9", 0), ("ARGS=;exit 3", 2)):
-            status, out = self.make("bench", "PYTHON=" + python, argument)  # until its end
-            self.assertEqual(status, expected)
-            self.assertIn("python echo_server.py --through 127.0.0.1:4321", out)
-        self.assertNotIn("sleep", out)
-
-    def test_a_server_that_does_not_start(self):
-        for target in ("bench", "demo"):
-            status, out = self.make(target, "PYTHON=" + self.write("python", "#!/bin/sh\nexit 1"))
-            self.assertEqual(status, 2)
-            self.assertIn("did not start\n", out)
-            self.assertNotIn("received", out)
-
-
-@unittest.skipUnless(shutil.which("bash"), "no bash here")
-class CiTest(ScriptTestCase):
-    def setUp(self):
-        super().setUp()
-        with open(os.path.join(HERE, ".ci", "run")) as file:
-            self.script = self.write(".ci/run", file.read())
-        for name in ("awk", "bash", "dirname", "grep", "head", "ls", "sort"):
-            self.link(name, shutil.which(name))
-
-    def link(self, name, path):
-        """Make `path` the command `name`."""
-        os.makedirs(os.path.join(self.folder, "bin"), exist_ok=True)
-        os.symlink(path, os.path.join(self.folder, "bin", name))
-
-    def run_ci(self, part):
-        """The exit status and the last line of .ci/run."""
-        path = os.path.join(self.folder, "bin")
-        status, out = self.run_script("bash", self.script, part, env=dict(os.environ, PATH=path))
-        return status, out.splitlines()[-1]
-
-    def test_nothing_to_run_is_a_failure(self):
-        self.write("README.md", "```sh\nls\n```\n")
-        for part in ("pythons", "readme"):
-            self.assertEqual(self.run_ci(part), (1, "0 passed, 1 failed"))
+    def check(self, part, *expected):
+        """Check the exit status and the last line of .ci/run."""
+        status, out = run_script("bash", os.path.join(self.folder, ".ci", "run"), part, env=dict(
+            os.environ, PATH=os.path.join(self.folder, "bin")))
+        self.assertEqual((status, out.splitlines()[-1]), expected)
 
     def test_each_python_once(self):
-        self.write("test_it.py", "import unittest\nclass T(unittest.TestCase):\n"
-                                 "    def test(self): pass")
+        self.check("pythons", 1, "0 passed, 1 failed")  # to find none is a failure
         for name in ("python3", "python3.9", "python3.x"):
-            self.link(name, os.path.realpath(sys.executable))
-        self.assertEqual(self.run_ci("pythons"), (0, "1 passed, 0 failed"))
+            os.symlink(os.path.realpath(sys.executable), os.path.join(self.folder, "bin", name))
+        self.write(os.path.join(self.folder, "test_it.py"), b"""if True:
+            import sys, unittest
+            class Test(unittest.TestCase):
+                def test(self):
+                    self.assertIn("error::ResourceWarning", sys.warnoptions)""")
+        self.check("pythons", 0, "1 passed, 0 failed")
         for name in ("python3.19", "python3.20t", "python3.6-config"):
-            self.write("bin/" + name, "#!/bin/sh\ncase $1 in -c) echo $0;; -W) exit 1;; esac")
-        self.assertEqual(self.run_ci("pythons"), (1, "1 passed, 2 failed"))
+            self.command(name, "case $1 in -c) echo $0;; -W) exit 1;; esac")
+        self.check("pythons", 1, "1 passed, 2 failed")
 
-    def test_test_command_of_readme(self):
-        self.write("README.md", "## Any title\n```sh\nls\npython3 -m unittest no\n```\n"
-                                "```sh\npython3 -m unittest\n```\n")
-        self.write("bin/python3", "#!/bin/sh\n[ \"$*\" = '-m unittest' ]")
-        self.assertEqual(self.run_ci("readme"), (0, "1 passed, 0 failed"))
+    def test_the_test_command_is_readme_s(self):
+        (command,) = [block.strip() for block in blocks("sh") if "unittest" in block]
+        name, _, arguments = command.partition(" ")
+        self.command(name, "[ \"$*\" = '%s' ]" % arguments)
+        self.check("readme", 0, "1 passed, 0 failed")
+        self.command(name, "false")
+        self.check("readme", 1, "0 passed, 1 failed")
 
     def test_usage(self):
-        self.assertEqual(self.run_ci("x"), (2, "usage: .ci/run [readme|pythons|check|tools]"))
+        self.check("x", 2, "usage: .ci/run [readme|pythons|check|tools]")
 
 
 # ---- clients of others -------------------------------------------------------------------
