@@ -73,7 +73,7 @@ class DatagramEchoServer(socketserver.UDPServer):
 
 def serve(host: str, port: int) -> None:
     """Echo until Ctrl-C or SIGTERM. Raises OSError."""
-    tcp = EchoServer((host, port), EchoRequestHandler)
+    tcp = EchoServer((host or "127.0.0.1", port), EchoRequestHandler)
     udp = DatagramEchoServer(tcp.socket.getsockname(), socketserver.BaseRequestHandler)
     with contextlib.suppress(KeyboardInterrupt):
         announce("Echoing TCP and UDP on %s port %d ..." % tcp.socket.getsockname())
