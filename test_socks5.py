@@ -71,7 +71,6 @@ def octets(text):
 
 
 def port_of(number):
-    """Return a port as it stands in a frame."""
     return number.to_bytes(2, "big")
 
 
@@ -93,7 +92,6 @@ def read_all(sock):
 
 
 def read_count(sock, count):
-    """Return exactly `count` bytes."""
     pieces = bytearray()
     while len(pieces) < count:
         piece = sock.recv(count - len(pieces))
@@ -104,7 +102,6 @@ def read_count(sock, count):
 
 
 def reset(sock):
-    """Close `sock` with a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
@@ -119,7 +116,6 @@ def wait_until(condition, what=""):
 
 
 def children(process):
-    """Return the child processes of the process with this ID."""
     with open("/proc/%d/task/%d/children" % (process, process)) as listing:
         return [int(child) for child in listing.read().split()]
 
@@ -136,7 +132,6 @@ def fill(sock):
 
 
 def flood(sock):
-    """Send until the connection breaks."""
     with contextlib.suppress(OSError):
         while True:
             sock.sendall(bytes(MEBIBYTE))
@@ -172,13 +167,11 @@ def failing(owner, name, errors, concerns=lambda *args: True):
 
 
 def descriptors():
-    """Return how many descriptors this process has, where the system lists them."""
     listing = "/proc/self/fd"
     return len(os.listdir(listing)) if os.path.isdir(listing) else 0
 
 
 def has_ipv6():
-    """Return whether this host has ::1."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
         sock.bind(("::1", 0))
         return True
@@ -186,17 +179,14 @@ def has_ipv6():
 
 
 def fields(line):
-    """Return the name=value words of a log line as a dict."""
     return dict(word.split("=", 1) for word in line.split(" ") if "=" in word)
 
 
 def hooked(**hooks):
-    """Return a handler with these methods; a Mock gets their arguments without the handler."""
     return type("Handler", (socks5.Socks5RequestHandler,), hooks)
 
 
 def resolver(*addresses, error=None):
-    """Return a patch of getaddrinfo that answers socks5.py with `addresses`, or raises."""
     real = socket.getaddrinfo
 
     def getaddrinfo(name, *args, **kwargs):
@@ -228,7 +218,6 @@ class Client(socket.socket):
         return client
 
     def say(self, frame):
-        """Send the bytes that `frame` shows in hex."""
         self.sendall(octets(frame))
 
     def hear(self, frame):
@@ -240,7 +229,6 @@ class Client(socket.socket):
         return said
 
     def greet(self):
-        """Agree on no authentication; return the client."""
         self.say("05 01 00")
         self.hear("05 00")
         return self
@@ -265,7 +253,6 @@ class Client(socket.socket):
         return self.read_reply()[0]
 
     def read_reply(self):
-        """Return a reply's code, and its address as a host and a port."""
         _, code, _, kind = self.hear("05 ?? 00 ??")
         family, size = {1: (socket.AF_INET, 4), 4: (socket.AF_INET6, 16)}[kind]
         host = socket.inet_ntop(family, read_count(self, size))
@@ -303,7 +290,6 @@ class TestCase(unittest.TestCase):
         self.assertEqual(descriptors(), count)
 
     def patch(self, patch):
-        """Apply `patch` until the end."""
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -326,7 +312,6 @@ class TestCase(unittest.TestCase):
         return sock
 
     def listen(self, host="127.0.0.1", backlog=128):
-        """Return a listening socket."""
         listener = self.own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
         listener.bind((host, 0))
         listener.listen(backlog)
@@ -351,7 +336,6 @@ class TestCase(unittest.TestCase):
         self.assertTrue(ended, "waited in vain for the sessions to end")
 
     def echo(self):
-        """Return the port of an echo server."""
         server = echo_server.EchoServer(("127.0.0.1", 0), echo_server.EchoRequestHandler)
         server.daemon_threads = False
         self.thread(server.serve_forever, 0.005)
@@ -373,7 +357,6 @@ class TestCase(unittest.TestCase):
         return client, self.own(listener.accept()[0])
 
     def pair(self):
-        """Return two sockets that are connected over TCP."""
         listener = self.listen()
         ours = self.own(socket.create_connection(listener.getsockname()))
         return ours, self.own(listener.accept()[0])
@@ -394,7 +377,6 @@ class TestCase(unittest.TestCase):
         return sock.getsockname()
 
     def datagrams(self, host="127.0.0.1", port=0):
-        """Return a socket for datagrams."""
         sock = self.own(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET,
                                       socket.SOCK_DGRAM))
         sock.bind((host, port))
@@ -414,12 +396,10 @@ class TestCase(unittest.TestCase):
         return listener.getsockname()[1]
 
     def check_one_way(self, source, sink):
-        """Check that bytes go from `source` to `sink`."""
         source.sendall(b"ping")
         self.assertEqual(read_count(sink, 4), b"ping")
 
     def check_relay(self, client, target):
-        """Check that bytes go both ways."""
         self.check_one_way(client, target)
         self.check_one_way(target, client)
 
@@ -438,7 +418,6 @@ class TestCase(unittest.TestCase):
             return read_all(client)[0]
 
     def file(self, content, mode=0o600):
-        """Return the path of a file with this content, which is removed at the end."""
         handle, path = tempfile.mkstemp()
         self.addCleanup(os.remove, path)
         os.close(handle)
@@ -447,7 +426,6 @@ class TestCase(unittest.TestCase):
         return path
 
     def write(self, path, content):
-        """Give a file new content."""
         with open(path, "wb") as file:
             file.write(content)
 
@@ -937,7 +915,6 @@ class SettingsTest(TestCase):
 
 class ThreadsTest(TestCase):
     def tunnels(self, server, count):
-        """Have `count` relays at the same time, which are over when this returns."""
         for ends in [self.tunnel(server) for _ in range(count)]:
             for sock in ends:
                 sock.close()
@@ -1007,7 +984,6 @@ class ThreadsTest(TestCase):
 
 class DialTest(TestCase):
     def dial(self, *addresses, **settings):
-        """Return the reply to a request for a name that is at `addresses`."""
         client = self.client(self.serve(**settings)).greet()
         with resolver(*addresses):
             return client.ask(80, "x.example")
@@ -1509,7 +1485,6 @@ class PausingLock:
 
 class AssociationTest(SweepTestCase):
     def associate(self, server, port=0, address="01 00 00 00 00"):
-        """Return a control connection, and a client's socket that is connected to the server's."""
         control = self.client(server).greet()
         control.sendall(octets("05 03 00" + address) + port_of(port))
         code, where = control.read_reply()
@@ -1519,13 +1494,11 @@ class AssociationTest(SweepTestCase):
         return control, client
 
     def frame(self, sock, data, fragment="00"):
-        """Return the datagram of a client for `sock`."""
         host, port = sock.getsockname()[:2]
         return octets("00 00" + fragment + ("04" if ":" in host else "01")) + socket.inet_pton(
             sock.family, host) + port_of(port) + data
 
     def named(self, name, data):
-        """Return the datagram of a client for a name."""
         return octets("00 00 00 03") + bytes([len(name)]) + name + port_of(53) + data
 
     def check(self, client, target, data=b"ping"):
@@ -1538,7 +1511,6 @@ class AssociationTest(SweepTestCase):
         return source
 
     def wait_for_dropped(self, server, count):
-        """Wait until the only session of `server` has dropped so many datagrams."""
         wait_until(lambda: [live["dropped"] for live in self.report(server)[0]] == [str(count)])
 
     @contextlib.contextmanager
@@ -1896,7 +1868,6 @@ class BindTest(SweepTestCase):
         self.patch(mock.patch.object(socks5, "BIND_INTERVAL", 0.05))
 
     def peer(self, address, host="127.0.0.1"):
-        """Return a peer that connects from `host`."""
         sock = self.own(socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET))
         sock.bind((host, 0))
         sock.connect(address)
@@ -2894,7 +2865,6 @@ def process_stat(path):
 
 
 def cpu_seconds(*processes):
-    """Return the CPU time that `processes` use in a moment."""
     def used():
         return sum(int(ticks) for each in processes for ticks in process_stat(each.pid)[11:13])
 
@@ -2907,14 +2877,12 @@ class DoorTestCase(CommandTestCase):
     """Tests with paths, and with sockets that are passed to a process."""
 
     def folder(self):
-        """Return the path of a folder that other accounts can enter; it is removed at the end."""
         path = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, path)
         os.chmod(path, 0o755)
         return path
 
     def knock(self, path, user=None):
-        """Return a client that is connected to `path`, as the account with the number `user`."""
         client = self.own(Client(socket.AF_UNIX))
         if user is None:
             client.connect(path)
@@ -3965,7 +3933,6 @@ class SignalsTest(ServiceTestCase):
         return line
 
     def answers(self, service, name, password):
-        """Return what each worker says to a user who asks for a target: they take turns."""
         found = set()
         for _ in range(3 * service.count):
             with self.client(service.port) as client:
@@ -4321,7 +4288,6 @@ class MeasuringTest(EchoTestCase):
 # ---- README ------------------------------------------------------------------------------
 
 def readme(section=""):
-    """Return the text of README.md, or of the section with this title."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         text = file.read()
     return re.search(r"(?ms)^## %s\n(.+?)(?=^## |\Z)" % section, text).group(1) if section else text
@@ -4488,7 +4454,6 @@ class ReadmeTest(ServiceTestCase):
 # ---- Makefile and .ci/run ----------------------------------------------------------------
 
 def run_script(*command, **settings):
-    """Return the exit status and the output of a command, once all its processes have ended."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True, timeout=SOON,
                           **settings)
@@ -4499,7 +4464,6 @@ def run_script(*command, **settings):
 @unittest.skipUnless(shutil.which("make") and shutil.which("nc"), "no make or no nc here")
 class MakefileTest(TestCase):
     def make(self, target, options="", python=sys.executable):
-        """Return the exit status and the output of make in the checkout."""
         return run_script("make", target, "PYTHON=" + python, "ARGS=" + options, cwd=HERE)
 
     def test_help(self):
