@@ -770,6 +770,8 @@ def look_up(name: bytes, port: int) -> List[Candidate]:
 
 def interleave(candidates: List[Candidate]) -> List[Candidate]:
     """Return the families in turn, that of the first candidate first (RFC 8305 section 4)."""
+    if len(candidates) == 1:
+        return candidates[:]
     first = [candidate for candidate in candidates if candidate[0] == candidates[0][0]]
     other = [candidate for candidate in candidates if candidate[0] != candidates[0][0]]
     turns = itertools.zip_longest(first, other)
@@ -814,18 +816,19 @@ def dial(candidates: List[Candidate], deadline: float, source: Optional[str],
     Its timeout is undefined: set one. Each attempt that fails is added to `failures`. Raises
     OSError, soon if `closing` is set.
     """
-    waiting = interleave(candidates) if len(candidates) > 1 else list(candidates)
+    waiting = interleave(candidates)
     pending: Dict[socket.socket, Candidate] = {}  # attempts under way, oldest first
+    def give_up(sock: socket.socket, error: OSError) -> None:
+        failures.append((pending.pop(sock), error))
+        sock.close()
     try:
         while (waiting or pending) and time.monotonic() < deadline and not closing.is_set():
-            seconds = max(0.001, min(ATTEMPT_DELAY, deadline - time.monotonic()))
             is_first = not pending  # it waits in connect(): a selector would cost more
+            seconds = max(0.001, min(ATTEMPT_DELAY, deadline - time.monotonic()))
             if waiting:
                 candidate = waiting.pop(0)
                 if len(pending) == MOST_ATTEMPTS:
-                    sock = next(iter(pending))
-                    failures.append((pending.pop(sock), socket.timeout("timed out")))
-                    sock.close()
+                    give_up(next(iter(pending)), socket.timeout("timed out"))
                 try:
                     sock, is_ready = start_attempt(candidate, source, seconds if is_first else 0)
                 except OSError as error:
@@ -835,11 +838,10 @@ def dial(candidates: List[Candidate], deadline: float, source: Optional[str],
                     return sock
                 pending[sock] = candidate
             for sock, code in () if is_first else wait_for(pending, seconds):
-                candidate = pending.pop(sock)
                 if not code:
+                    del pending[sock]
                     return sock
-                failures.append((candidate, OSError(code, os.strerror(code))))
-                sock.close()
+                give_up(sock, OSError(code, os.strerror(code)))
     finally:
         for sock in pending:
             sock.close()
@@ -1242,7 +1244,7 @@ class Association:
             wake(self.control)
             raise
         finally:
-            with self.lock:  # newer datagrams come after those that wait
+            with self.lock:  # the waiting datagrams go first
                 if route:
                     self.remember(self.routes, destination, route)
                 del self.look_ups[destination]
@@ -2303,7 +2305,7 @@ class Service:
 
 
 class Workers(Service):
-    """The parent of processes that serve. It replaces those that die, and passes on signals.
+    """The parent of processes that serve. It replaces dead ones, and passes on signals.
 
     A terminal or systemd sends each signal to all processes. So workers ignore SIGTERM and SIGINT,
     and obey SIGUSR2 of their parent. It keeps the listening socket open: if a worker dies, the
@@ -2343,7 +2345,7 @@ class Workers(Service):
             os.kill(process, number)
 
     def replace(self) -> None:
-        """Forget the workers that have died, and start those that are missing."""
+        """Forget dead workers, and start the missing ones."""
         process = -1
         while self.processes and process:
             process, status = os.waitpid(-1, os.WNOHANG)
