@@ -57,6 +57,7 @@ LINUX_ONLY = unittest.skipUnless(sys.platform.startswith("linux"), "needs Linux"
 logging.getLogger("socks5").propagate = False
 logging.getLogger("socks5").addHandler(logging.NullHandler())
 LOGIN_PAUSE = socks5.Socks5RequestHandler.login_pause  # seconds, the default
+SWEEP_INTERVAL = socks5.SWEEP_INTERVAL
 socks5.Socks5RequestHandler.login_pause = 0  # seconds; the test of the pause sets its own
 if hasattr(gc, "freeze"):  # from Python 3.7: each test collects garbage, but not the modules
     gc.collect()
@@ -910,6 +911,11 @@ class SettingsTest(TestCase):
                         ValueError, "^%s: %s" % (name.replace("clients", "client"), why)):
                     socks5.Settings(**{name: value})
 
+    def test_server_has_the_same_defaults(self):
+        parameters = inspect.signature(socks5.Socks5Server).parameters
+        self.assertEqual({name: parameters[name].default for name in socks5.DEFAULTS},
+                         socks5.DEFAULTS)
+
 
 # ---- threads -----------------------------------------------------------------------------
 
@@ -978,6 +984,15 @@ class ThreadsTest(TestCase):
             del sys.modules["socks5"]
             self.assertIsNot(__import__("socks5"), socks5)
         self.assertEqual((threading.stack_size(usual), state()), (MEBIBYTE, before))
+
+    def test_closing_ends_a_thread_that_is_busy(self):
+        threads, gate = socks5.ThreadCache(), threading.Event()
+        threads.start(gate.wait, PATIENCE)
+        wait_until(lambda: threads.threads)
+        closing = self.thread(threads.close)
+        gate.set()
+        closing.join(2)
+        self.assertFalse(closing.is_alive())
 
 
 # ---- dialing -----------------------------------------------------------------------------
@@ -1114,6 +1129,14 @@ class DialTest(TestCase):
             with self.within(6), resolver(*[("127.0.0.1", 1)] * count), mock.patch.object(
                     socket.socket, "__init__", side_effect=OSError(error, "")):
                 self.assertEqual(client.ask(80, "x.example"), reply)
+
+    def test_timeout_of_the_system_is_a_failure(self):
+        def give_up(sock, address):
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+        for count in 1, 2:
+            with self.connecting(give_up):
+                self.assertEqual(self.dial(*[("127.0.0.1", 1)] * count, connect_timeout=8), 6)
 
 
 class LookUpTest(SweepTestCase):
@@ -2321,6 +2344,10 @@ class LogTest(SweepTestCase):
             self.assertEqual([bool(record.exc_info) for record in logs.records
                               if record.levelname == "ERROR"], [expected])
 
+    def test_each_method_of_http_gets_the_page(self):
+        for first in b"GPCHODT":
+            self.assertEqual(self.talk(self.serve(), "%02x" % first), octets(NOT_HTTP))
+
 
 # ---- server ------------------------------------------------------------------------------
 
@@ -2386,6 +2413,9 @@ class DeadlineTest(SweepTestCase):
                     self.assertEqual(line["end"], "login-failed")
                     self.assertGreaterEqual(float(line["seconds"]), 0.3)
                 self.assertNotRegex("".join(lines), "hunter2|secret")
+
+    def test_deadlines_are_checked_twice_a_second(self):
+        self.assertEqual(SWEEP_INTERVAL, 0.5)
 
 
 SlicedDeadlineTest = type("SlicedDeadlineTest", (Sliced, DeadlineTest), {})
@@ -2528,6 +2558,19 @@ class LimitsTest(SweepTestCase):
                 for line, suppressed in zip(lines, [None, "5", None]):
                     self.assertTrue(line.startswith(kind), line)
                     self.assertEqual(fields(line).get("suppressed"), suppressed, line)
+
+    def test_user_of_a_warning_cannot_forge_a_line_and_is_forgotten(self):
+        port, name = self.echo(), "a\r\nsession end=fine"
+        with self.logged() as lines:
+            server = self.serve(users={name: "x"}, max_per_user=1)
+            first, second = (self.client(server).log_in(name, "x") for _ in range(2))
+            self.assertEqual((first.ask(port), second.ask(port)), (0, 2))
+            self.assertRegex(lines[0], r"^too many sessions of a user client=127.0.0.1:\d+ "
+                             r"user=a\\r\\nsession\\x20end=fine$")
+        for client in first, second:
+            client.close()
+        wait_until(lambda: not server.connections)
+        self.assertEqual(server.owners, {})
 
 
 class ServerTest(SweepTestCase):
@@ -3038,6 +3081,11 @@ class PathTest(DoorTestCase):
         self.assertEqual(len(others), 1)
         self.knock(path)
 
+    def test_limit_of_an_account_s_requests(self):
+        port, path = self.echo(), self.serve_path(max_per_user=1)
+        first, second = self.knock(path).greet(), self.knock(path).greet()
+        self.assertEqual((first.ask(port), second.ask(port)), (0, 2))
+
 
 @LINUX_ONLY
 class SystemdTest(DoorTestCase):
@@ -3287,6 +3335,15 @@ class BalancerTest(DoorTestCase):
             self.stop(servers[1])
         self.assertEqual(re.findall(r"session client=(.+):\d+ .* command=C", "\n".join(lines)),
                          ["127.0.0.2"] * 8)
+
+    def test_loopback_of_a_balancer_elsewhere_is_not_ours(self):
+        class Server(socks5.Socks5Server):
+            def get_request(self):
+                return super().get_request()[0], ("192.0.2.50", 5)
+
+        server = self.serve(kind=Server, proxy_from=["127.0.0.1"])
+        client = self.behind(server, self.header_for("127.0.0.1")).greet()
+        self.assertEqual(client.ask(9), Reply.NOT_ALLOWED)
 
 
 @LINUX_ONLY
@@ -3685,6 +3742,10 @@ class CommandLineTest(ServiceTestCase):
         queued.greet()
         self.client(service.port).greet()
 
+    def test_path_that_others_can_connect_to_is_refused(self):
+        for mode in "0666", "0602", "0604":
+            self.assertIn("refusing", self.check_usage_error("-b", "./s", "--mode", mode))
+
 
 # ---- workers -----------------------------------------------------------------------------
 
@@ -3978,6 +4039,20 @@ class SignalsTest(ServiceTestCase):
         client, target = self.tunnel(port)
         self.assertEqual(service.end(signal.SIGTERM), 0)
         self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
+
+    def test_reload_that_reads_itself_changes_nothing_but_the_log(self):
+        options = self.file(b"")
+        service = self.service("@" + options)
+        self.write(options, b"@" + os.fsencode(options))
+        self.reload(service, "WARNING reload failed, keeping the current settings: ")
+
+    def test_reload_leaves_the_switch_interval(self):
+        with mock.patch("signal.signal"):
+            service = socks5.Service(mock.Mock(), 0, mock.Mock(side_effect=[None, ValueError("x")]))
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(0.5)
+        for result in True, False:
+            self.assertEqual((service.reload(), sys.getswitchinterval()), (result, 0.5))
 
 
 # ---- floods ------------------------------------------------------------------------------
