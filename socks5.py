@@ -1355,7 +1355,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     """
 
     server: "Socks5Server"
-    rbufsize = 1024    # bytes, any size but 0: frames need a buffer, and few have more than 513
+    rbufsize = 1024    # bytes, more than 0: frames need a buffer, and few have more than 513
     login_pause = 1.0  # seconds before a failed login is answered; slows down guessing
 
     def setup(self) -> None:
