@@ -1749,7 +1749,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def check_deadline(self, now: float) -> None:
         """End a phase that has lasted too long. A relay's progress starts it anew."""
         if self.relay and self.phase.name != "closing":
-            progress = self.relay.end, self.relay.counts.copy()
+            progress = self.relay.end, self.counts
             if progress != self.last_progress:
                 self.last_progress = progress
                 phase, settings = self.relay.phase, self.settings
@@ -1773,11 +1773,15 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             for sock in self.sockets:
                 wake(sock)
 
+    @property
+    def counts(self) -> Dict[str, int]:
+        return dict(self.relay.counts) if self.relay else {"up": 0, "down": 0}
+
     def state(self) -> Dict[str, object]:
         return {"client": self.client_name, "user": self.user, "command": self.command,
                 "destination": self.destination, "reached": self.reached,
                 "reply": "" if self.reply is None else self.reply.name, "rule": self.rule,
-                **(self.relay.counts if self.relay else {"up": 0, "down": 0}),
+                **self.counts,
                 "seconds": f"{time.monotonic() - self.started:.3f}"}
 
     def debug(self, event: str, **fields: object) -> None:
@@ -2001,29 +2005,28 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     # -- limits
 
-    def count(self, request: Any, owner: Any, limit: float) -> bool:
+    def count(self, request: Any, owner: Tuple[str, Any], limit: float, who: object) -> bool:
         """Return True, and count the connection for `owner`, if that has fewer than `limit`."""
         with self.lock:
-            if self.owners[owner] >= limit:
-                return False
-            self.owners[owner] += 1
-            self.connections[request].owners.append(owner)
-            return True
+            has_room = self.owners[owner] < limit
+            if has_room:
+                self.owners[owner] += 1
+                self.connections[request].owners.append(owner)
+        if not has_room:
+            self.warn(f"too many sessions of a {owner[0]} client=%s", who)
+        return has_room
 
     def has_room_for(self, request: Any, client: Optional[Address]) -> bool:
         """Return True, and count the connection, if no limit is reached; see `admit_client`."""
-        owner: Any = client and client.host
-        shown: Any = client
-        if self.address_family == UNIX_FAMILY:  # not by name: its look-up may take long
-            owner = shown = f"unix:{peer_user(request)}"
         settings = self.connections[request].settings
+        who: Any = client
+        host: Any = client and client.host
+        if self.address_family == UNIX_FAMILY:  # not by name: its look-up may take long
+            who = host = f"unix:{peer_user(request)}"
         if len(self.connections) > settings.max_sessions:
-            self.warn("too many sessions client=%s", shown)
-        elif client and not self.count(request, owner, settings.max_per_client):
-            self.warn("too many sessions of a client client=%s", shown)
-        else:
-            return True
-        return False
+            self.warn("too many sessions client=%s", who)
+            return False
+        return not client or self.count(request, ("client", host), settings.max_per_client, who)
 
     def admit_client(self, request: Any, client: Optional[Address]) -> bool:
         """Return True if the client of a balancer may connect. None is a health check."""
@@ -2033,23 +2036,16 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def admit_user(self, session: Socks5RequestHandler) -> bool:
         """Return True, and count `session`, if its user has fewer sessions than `max_per_user`."""
-        owner = "user", session.user
-        if self.count(session.connection, owner, session.settings.max_per_user):
-            return True
-        self.warn("too many sessions of a user client=%s user=%s",
-                  session.client_name, escape(session.user))
-        return False
+        who = f"{session.client_name} user={escape(session.user)}"
+        return self.count(session.connection, ("user", session.user),
+                          session.settings.max_per_user, who)
 
     # -- watching
 
     def session_ended(self, session: Socks5RequestHandler) -> None:
         with self.lock:
             self.sessions.discard(session)
-            counts = session.relay.counts if session.relay else {"up": 0, "down": 0}
-            self.totals["sessions"] += 1
-            self.totals["up"] += counts["up"]
-            self.totals["down"] += counts["down"]
-            self.totals[session.end] += 1
+            self.totals.update({"sessions": 1, **session.counts, session.end: 1})
 
     def service_actions(self) -> None:
         """Check the deadlines; ``serve_forever`` calls it often. Never raise."""
