@@ -2224,6 +2224,16 @@ def stay_on_one_cpu(number: int) -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def catch_signals() -> Deque[int]:
+    """Return a queue that gets the number of each signal that comes."""
+    signals: Deque[int] = collections.deque()
+    for number in STOP_SIGNALS | OTHER_SIGNALS:
+        # a script's shell ignores SIGINT for a command with &
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: signals.append(number))
+    return signals
+
+
 class Service:
     """A process that serves until signals stop it.
 
@@ -2235,16 +2245,11 @@ class Service:
     parent = 0  # process ID, in a worker
     end_at = NEVER  # when sessions that are left are ended
 
-    def __init__(self, server: Socks5Server, drain_seconds: float,
+    def __init__(self, server: Socks5Server, signals: Deque[int], drain_seconds: float,
                  read_settings: Callable[[], Settings]) -> None:
-        self.server, self.drain_seconds = server, drain_seconds
+        self.server, self.signals, self.drain_seconds = server, signals, drain_seconds
         self.read_settings = read_settings
         self.has_terminal = os.isatty(0)
-        self.signals: Deque[int] = collections.deque()  # that have come, but were not obeyed yet
-        for number in STOP_SIGNALS | OTHER_SIGNALS:
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                # a script's shell ignores SIGINT for a command with &
-                signal.signal(number, lambda number, frame: self.signals.append(number))
 
     def run(self, number: Optional[int] = None) -> None:
         """Serve on a CPU chosen by `number`; return when it is over. Raises NoThreadError."""
@@ -2269,12 +2274,11 @@ class Service:
         time.sleep(TICK)
 
     def obey(self, number: int) -> None:
-        """Obey a signal. Workers ignore the signals that their parent obeys for them."""
         if number == SIGUSR1:
             self.server.report()
         elif number == SIGHUP and os.isatty(0) == self.has_terminal:
             self.reload()
-        elif number != SIGHUP or not self.parent:  # SIGHUP: the terminal, perhaps ssh's, is gone
+        elif number == SIGUSR2 or not self.parent:  # SIGHUP: the terminal, perhaps ssh's, is gone
             self.stop()
 
     def reload(self) -> bool:
@@ -2303,9 +2307,9 @@ class Service:
 class Workers(Service):
     """The parent of processes that serve. It replaces dead ones, and passes on signals.
 
-    A terminal or systemd sends each signal to all processes. So workers ignore SIGTERM and SIGINT,
-    and obey SIGUSR2 of their parent. It keeps the listening socket open: if a worker dies, the
-    others serve its queue.
+    A terminal or systemd sends each signal to all processes. So only SIGUSR2 stops a worker: its
+    parent sends it. The parent keeps the listening socket open: if a worker dies, the others serve
+    its queue.
     """
 
     start_at = 0.0  # when to start the missing workers
@@ -2357,7 +2361,6 @@ class Workers(Service):
 
     def start_missing(self) -> None:
         parent = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | OTHER_SIGNALS)
         try:
             while self.missing:
                 process = os.fork()
@@ -2366,16 +2369,11 @@ class Workers(Service):
                 self.processes[process] = self.missing.pop()
         except OSError as error:
             self.server.warn("cannot start a worker: %s", error.strerror)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | OTHER_SIGNALS)
 
     def become_worker(self, number: int, parent: int) -> None:
         try:
-            worker = Service(self.server, self.drain_seconds, self.read_settings)
+            worker = Service(self.server, self.signals, self.drain_seconds, self.read_settings)
             worker.parent = parent
-            for ignored in STOP_SIGNALS:
-                signal.signal(ignored, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | OTHER_SIGNALS)
             worker.run(number)
             os._exit(0)  # the interpreter's own end would wait for threads
         except Exception as error:
@@ -2617,8 +2615,8 @@ def serve(server: Socks5Server, args: argparse.Namespace, read: Callable[[], Set
     if args.workers > 1 and not hasattr(os, "fork"):
         log.warning("this system has no fork(): serving with one worker")
         args.workers = 1
-    service = (Service(server, args.drain, read) if args.workers == 1 else
-               Workers(args.workers, server, args.drain, read))
+    service = (Service(server, catch_signals(), args.drain, read) if args.workers == 1 else
+               Workers(args.workers, server, catch_signals(), args.drain, read))
     address: Any = server.server_address
     if isinstance(address, str):
         path = os.path.abspath(address)

@@ -4048,7 +4048,7 @@ class SignalsTest(ServiceTestCase):
 
     def test_reload_leaves_the_switch_interval(self):
         with mock.patch("signal.signal"):
-            service = socks5.Service(mock.Mock(), 0, mock.Mock(side_effect=[None, ValueError("x")]))
+            service = socks5.Service(mock.Mock(), [], 0, mock.Mock(side_effect=[None, ValueError("x")]))
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(0.5)
         for result in True, False:
