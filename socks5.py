@@ -224,11 +224,8 @@ def reply_for(error: Exception) -> Reply:
 # ---- frames: each is drawn as the RFC draws it -------------------------------------------
 
 def read_exactly(stream: Any, count: int) -> bytes:
-    """Return `count` bytes. Raises ProtocolError if the stream ends or breaks before."""
-    try:
-        data: bytes = stream.read(count)
-    except OSError:
-        data = b""
+    """Return `count` bytes. Raises ProtocolError if the stream ends before."""
+    data: bytes = stream.read(count)
     if len(data) < count:
         raise ProtocolError("client-left")
     return data
@@ -313,12 +310,9 @@ class Address(NamedTuple):
         """Convert a sockaddr. IPv4-mapped IPv6 becomes IPv4; a Unix path becomes 0.0.0.0:0."""
         if not isinstance(sockaddr, tuple):
             return UNSPECIFIED
-        host, port = sockaddr[:2]
-        if ":" in host:
-            host = host.partition("%")[0]
-            if host.startswith("::ffff:") and "." in host:
-                host = host[len("::ffff:"):]
-        return cls(host, port)
+        host = sockaddr[0].partition("%")[0]
+        is_mapped = host.startswith("::ffff:") and "." in host
+        return cls(host[len("::ffff:"):] if is_mapped else host, sockaddr[1])
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -454,10 +448,8 @@ def parse_network(what: str, text: str) -> Any:
         network: Any = ipaddress.ip_network(text)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    if "%" in text:
-        raise ValueError(f"{what}: {text}: zones are not supported")
-    if network.version == 6 and network.network_address.ipv4_mapped:
-        raise ValueError(f"{what}: {text}: write IPv4 addresses as IPv4")
+    if "%" in text or network.version == 6 and network.network_address.ipv4_mapped:
+        raise ValueError(f"{what}: {text}: zones and IPv4-mapped addresses are not supported")
     return network
 
 
@@ -486,10 +478,8 @@ def parse_ports(text: str) -> range:
     if not match:
         raise ValueError(f"{text!r} is neither PORT nor FIRST-LAST")
     first, last = int(match.group(1)), int(match.group(2) or match.group(1))
-    if first > last:
-        raise ValueError(f"{text}: FIRST is greater than LAST")
-    if last > 65535:
-        raise ValueError(f"{text}: a port is 0 to 65535")
+    if not first <= last <= 65535:
+        raise ValueError(f"{text}: FIRST is greater than LAST, or LAST than 65535")
     return range(first, last + 1)
 
 
@@ -608,8 +598,6 @@ def check_users(users: Optional[Mapping[str, str]]) -> Optional[Dict[bytes, byte
     """Return the users as bytes. Raises ValueError, which quotes no password."""
     if users is None:
         return None
-    if not users:
-        raise ValueError("users: there are none; None is for no login")
     return {check_credential("users: username", name):
             check_credential(f"users: password of {name!a}", password)
             for name, password in users.items()}
@@ -770,8 +758,6 @@ def look_up(name: bytes, port: int) -> List[Candidate]:
 
 def interleave(candidates: List[Candidate]) -> List[Candidate]:
     """Return the families in turn, that of the first candidate first (RFC 8305 section 4)."""
-    if len(candidates) == 1:
-        return candidates[:]
     first = [candidate for candidate in candidates if candidate[0] == candidates[0][0]]
     other = [candidate for candidate in candidates if candidate[0] != candidates[0][0]]
     turns = itertools.zip_longest(first, other)
@@ -1316,7 +1302,7 @@ def reason_of(error: Exception) -> str:
 
 
 class ClientReader(io.RawIOBase):
-    """What the client sends, for a BufferedReader. `is_over` ends it: see `receive`."""
+    """What the client sends, for a BufferedReader, until it leaves or `is_over` is set."""
 
     is_over = False
 
@@ -1327,9 +1313,10 @@ class ClientReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if SLICE and self.is_over:  # a client that drips would never let a slice pass
+        try:
+            return 0 if self.is_over else receive(self.sock, buffer, self)
+        except OSError:
             return 0
-        return receive(self.sock, buffer, self)
 
 
 class Phase(NamedTuple):
@@ -1357,6 +1344,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     server: "Socks5Server"
     rbufsize = 1024    # bytes, more than 0: frames need a buffer, and few have more than 513
     login_pause = 1.0  # seconds before a failed login is answered; slows down guessing
+    is_probe = True    # the client has not sent a byte, or is a balancer's health check
 
     def setup(self) -> None:
         self.started = time.monotonic()
@@ -1372,7 +1360,6 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.client = Address.of(self.client_address)
         self.client_name: Any = self.client  # for the log
         self.account = self.user = ""
-        self.is_probe = True  # the client has not sent a byte, or is a balancer's health check
         self.is_verbose = log.isEnabledFor(logging.DEBUG)
         self.command = self.rule = self.end = self.error = ""  # as in the log, like the next ones
         self.destination: Any = ""
@@ -1403,9 +1390,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         try:
             # A close() with unread bytes of the client would send a reset, which can destroy the
             # answer to a refused client: it gets time to read. `hang_up` starts another phase.
-            with contextlib.suppress(OSError):
-                while self.phase.name == "refusal" and self.rfile.read1(SMALL_BUFFER):
-                    pass
+            while self.phase.name == "refusal" and self.rfile.read1(SMALL_BUFFER):
+                pass
             self.set_end("error")  # nothing else was set: an exception has ended the session
             with self.lock:
                 sockets, self.sockets = self.sockets, set()
@@ -1427,18 +1413,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             self.account = account_name(peer_user(self.connection))
             self.client_name = "unix:" + self.account
             self.user = "" if self.settings.users else self.account
-        self.wait_for_client()
+        self.is_probe = not self.rfile.peek(1)
         if self.is_proxied:
-            is_health_check = not self.read_balancer_header()
-            self.wait_for_client()
-            self.is_probe = self.is_probe or is_health_check
-
-    def wait_for_client(self) -> None:
-        """Wait for the client's first byte. Raises ProtocolError if the connection breaks."""
-        try:
-            self.is_probe = not self.rfile.peek(1)
-        except OSError:
-            raise ProtocolError("client-left") from None
+            self.is_probe = not (self.read_balancer_header() and self.rfile.peek(1))
 
     def read_balancer_header(self) -> bool:
         """Learn from a balancer's header who the client is; return False for a health check."""
@@ -1616,7 +1593,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         """Return a connection from one of `hosts`, or from any if it is empty. Raises OSError."""
         deadline = time.monotonic() + self.settings.bind_timeout
         while time.monotonic() < deadline and not self.end:
-            self.check_client()
+            if self.has_left():
+                self.set_end("client-left")
+                raise ConnectionResetError
             listener.settimeout(max(0.001, min(BIND_INTERVAL, deadline - time.monotonic())))
             with contextlib.suppress(socket.timeout, ConnectionAbortedError):
                 target, peer = listener.accept()
@@ -1628,18 +1607,15 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
                 target.close()
         raise socket.timeout("timed out")
 
-    def check_client(self) -> None:
-        """Raise OSError if the client has left. What it has sent stays in the kernel."""
+    def has_left(self) -> bool:
+        """Return True if the client has left. What it has sent stays in the kernel."""
         try:
             flags = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
-            has_left = not self.connection.recv(1, flags)
+            return not self.connection.recv(1, flags)
         except (BlockingIOError, socket.timeout):
-            has_left = False
+            return False
         except OSError:
-            has_left = True
-        if has_left:
-            self.set_end("client-left")
-            raise ConnectionResetError
+            return True
 
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
         """Relay datagrams (section 7).
@@ -1680,6 +1656,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             relay.run(self.server.threads, pack_reply(Reply.SUCCEEDED, bound))
         except NoThreadError:
             self.relay = self.reply = None
+            self.reader.is_over = False
             self.set_end("no-thread")
             raise
         except OSError:  # the reply could not be sent

@@ -623,11 +623,11 @@ DATAGRAMS = [  # bytes, how many of them are the header, what they mean
 
 
 class OneAtATime(io.RawIOBase):
-    """A stream that gives one byte for each read, and then raises `error`, if there is one."""
+    """A stream that gives one byte for each read."""
 
-    def __init__(self, content, error=None):
+    def __init__(self, content):
         super().__init__()
-        self.content, self.error = iter(content), error
+        self.content = iter(content)
 
     def readable(self):
         return True
@@ -636,13 +636,11 @@ class OneAtATime(io.RawIOBase):
         for byte in self.content:
             buffer[0] = byte
             return 1
-        if self.error:
-            raise self.error
         return 0
 
 
 class FramesTest(TestCase):
-    def test_whole_byte_by_byte_cut_and_broken(self):
+    def test_whole_byte_by_byte_and_cut(self):
         for read, frame, meaning in FRAMES:
             whole = octets(frame)
             with self.subTest(frame=frame[:40]):
@@ -651,9 +649,8 @@ class FramesTest(TestCase):
                 self.assertEqual(stream.read(), b"rest")
                 self.assertEqual(read(io.BufferedReader(OneAtATime(whole))), meaning)
                 for end in range(0, len(whole), 1 if len(whole) < 100 else 40):
-                    for error in (None, ConnectionResetError()):
-                        with self.assertRaisesRegex(socks5.ProtocolError, "client-left"):
-                            read(io.BufferedReader(OneAtATime(whole[:end], error)))
+                    with self.assertRaisesRegex(socks5.ProtocolError, "client-left"):
+                        read(io.BufferedReader(OneAtATime(whole[:end])))
 
     def test_datagrams(self):
         for frame, header, meaning in DATAGRAMS:
@@ -745,12 +742,12 @@ class RulesTest(TestCase):
                 (no_host, "", ":80", "a b", "a*.example", "*.*.example", "*.", "a..b"),
                 (r"\(names in other scripts: xn--", "b\u00fccher.example", "\u2024"),
                 (no_port, "a:", "a:http", "a:\u0668\u0660", "a:80-\u0669", "a:-1", "a:1-"),
-                ("no USER before @", "@a"), ("FIRST is greater than LAST", "a:2-1"),
-                ("0 to 65535", "a:65536", "a:1-65536"), ("HOST: .*host bits", "10.0.0.1/8"),
+                ("no USER before @", "@a"), ("HOST: .*host bits", "10.0.0.1/8"),
+                ("FIRST is greater than LAST", "a:2-1", "a:65536", "a:1-65536"),
                 (no_ip, "10.0.0.256", "10.0.0.0/33", "::g", "192.168.", "0x7f000001",
                  "0X7f000001", "[::1", "[::1]80"),
                 ("HOST: ", "fe80::1%eth0", "fe80::%1/64", "[fe80::1%eth0]:80"),
-                ("write IPv4 addresses as IPv4", "::ffff:10.0.0.1", "::ffff:10.0.0.0/104")]:
+                ("IPv4-mapped addresses are not", "::ffff:10.0.0.1", "::ffff:10.0.0.0/104")]:
             for rule in rules:
                 with self.subTest(rule=rule), self.assertRaisesRegex(
                         ValueError, re.escape("allow " + rule) + ": not .*" + why):
@@ -894,12 +891,11 @@ class SettingsTest(TestCase):
 
     def test_bad(self):
         for names, values, why in [
-                (["users"], [{}], "there are none"),
                 (["users"], [{"": "x"}, {"x" * 256: "x"}, {"\u00fc" * 128: "x"}], "username: not"),
                 (["users"], [{"x": ""}, {"x": "y" * 256}, {"x": "\u00fc" * 128}],
                  "password of 'x': not 1 to 255 bytes$"),
                 (["clients", "proxy_from"], [["10.0.0.1/8"]], "10.0.0.1/8 has host bits"),
-                (["clients", "proxy_from"], [["::ffff:10.0.0.1"]], "::ffff:.* as IPv4"),
+                (["clients", "proxy_from"], [["::ffff:10.0.0.1"]], "::ffff:.* zones and IPv4-map"),
                 (["clients", "proxy_from"], [["a.example"], ["b\u00fccher"], ["fe80::1%lo"]], ""),
                 (["commands"], [["connect", "associate"], ["CONNECT"]], "known are connect, udp"),
                 (["udp_advertise", "source"], ["localhost", "fe80::1%lo", ""], "not an IP address"),
@@ -3396,11 +3392,11 @@ USAGE_ERRORS = [  # options, and a part of the message
     ("-b localhost:80", "the port is an argument of its own: socks5.py -b localhost 80"),
     ("-b [::1]:80", "the port is an argument of its own: socks5.py -b ::1 80"),
     ("-b ./s 1080", "./s is a path: do not give a port"), ("-b ./s --mode rw", "argument --mode: "),
-    ("--client x", "--client: "), ("--client ::ffff:10.0.0.0/104", "write IPv4 addresses as IPv4"),
+    ("--client x", "--client: "), ("--client ::ffff:10.0.0.0/104", "IPv4-mapped addresses are not"),
     ("--proxy-from 10.0.0.1/8 --open", "--proxy-from: 10.0.0.1/8 has host bits set"),
     ("--commands connect,associate", "--commands: known are connect, udp, bind"),
     ("--udp-ports 2-1", "2-1: FIRST is greater than LAST"),
-    ("--udp-ports 0-65536", "0-65536: a port is 0 to 65535"),
+    ("--udp-ports 0-65536", "greater than LAST, or LAST than 65535"),
     ("--udp-ports x", "--udp-ports: 'x' is neither PORT nor FIRST-LAST"),
     ("--udp-advertise foo", "--udp-advertise: not an IP address: foo"),
     ("--source localhost", "--source: not an IP address: localhost"),
@@ -4047,8 +4043,8 @@ class SignalsTest(ServiceTestCase):
         self.reload(service, "WARNING reload failed, keeping the current settings: ")
 
     def test_reload_leaves_the_switch_interval(self):
-        with mock.patch("signal.signal"):
-            service = socks5.Service(mock.Mock(), [], 0, mock.Mock(side_effect=[None, ValueError("x")]))
+        read_settings = mock.Mock(side_effect=[None, ValueError("x")])
+        service = socks5.Service(mock.Mock(), [], 0, read_settings)
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(0.5)
         for result in True, False:
