@@ -1225,10 +1225,6 @@ class Association:
             route = self.find(destination)
         except OSError:  # an old route still serves
             pass
-        except Exception:
-            self.stop("error")
-            wake(self.control)
-            raise
         finally:
             with self.lock:  # the waiting datagrams go first
                 if route:
@@ -1337,8 +1333,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply, and an OSError
     by its errno. Any other exception is logged, and ends this session only. For UDP ASSOCIATE,
-    `authorize` is called for each new destination of a datagram, perhaps in several threads at
-    once, and such an error drops the datagram.
+    `authorize` is called for each new destination of a datagram, for names in other threads; there,
+    an error drops the datagram.
     """
 
     server: "Socks5Server"
@@ -2138,13 +2134,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def announce(line: str) -> None:
-    """Print `line`, and log it if that goes elsewhere. Never raise: serving needs no stdout."""
-    is_one = False
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stdout or no stderr
-        is_one = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
-    if not is_one:
-        log.info("%s", line)
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    """Print `line`. A full disk or a closed pipe must not stop the server."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # None, if there is no stdout
         write_unless_stuck(sys.stdout.fileno(), line + "\n")
 
 
@@ -2371,28 +2362,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def parse(self, arguments: List[str]) -> argparse.Namespace:
-        """Return the options. Raises ValueError or OSError."""
-        args = self.parse_args(arguments)
-        if args.port is not None:  # as a type of argparse it would hide an unknown option before it
-            try:
-                args.port, = parse_ports(args.port)
-            except ValueError:
-                self.error(f"{args.port!r} is not a port from 0 to 65535 (an address: -b ADDRESS)")
-        return args
-
     def convert_arg_line_to_args(self, line: str) -> List[str]:
         return shlex.split(line, comments=True)
 
 
-def typed(convert: Callable[[str], Any], accepted: str = "") -> Callable[[str], Any]:
-    """Return `convert` for argparse. An error names what is `accepted`, or the reason."""
+def typed(convert: Callable[[str], Any], accepted: str) -> Callable[[str], Any]:
+    """Return `convert` for argparse. The message of an error says what is `accepted`."""
     def converted(text: str) -> Any:
         try:
             return convert(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(
-                f"{accepted}, not {text!r}" if accepted else str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{accepted}, not {text!r}") from None
     return converted
 
 
@@ -2471,7 +2451,7 @@ def make_parser() -> Parser:
         add(option, metavar="S", type=seconds,
             help=f"{meaning} (default: {'never' if default is None else format(default, 'g')})")
     add = parser.add_argument_group("datagrams").add_argument
-    add("--udp-ports", metavar="FIRST-LAST", type=typed(parse_ports),
+    add("--udp-ports", metavar="FIRST-LAST", type=typed(parse_ports, "PORT or FIRST-LAST"),
         help="ports that clients send datagrams to (default: any free port)")
     add("--udp-advertise", metavar="ADDRESS",
         help="address that clients send datagrams to (default: where they connected)")
@@ -2568,7 +2548,10 @@ def choose_address(args: argparse.Namespace, listener: Optional[socket.socket]) 
     host, ports = split_ports(host)
     if ports != "*":
         raise ValueError(f"the port is an argument of its own: socks5.py -b {host} {ports}")
-    return host, PORT if args.port is None else args.port
+    port = str(PORT) if args.port is None else args.port
+    if not port.isdecimal() or int(port) > 65535:  # argparse would check it before unknown options
+        raise ValueError(f"{port!r} is not a port from 0 to 65535 (an address: -b ADDRESS)")
+    return host, int(port)
 
 
 def open_server(address: Any, mode: int, listener: Optional[socket.socket]) -> Socks5Server:
@@ -2587,13 +2570,13 @@ def open_server(address: Any, mode: int, listener: Optional[socket.socket]) -> S
         time.sleep(TICK)
 
 
-def serve(server: Socks5Server, args: argparse.Namespace, read: Callable[[], Settings]) -> int:
-    """Serve until signals stop it, and end the process; return 1 if that is not possible."""
-    if args.workers > 1 and not hasattr(os, "fork"):
+def serve(server: Socks5Server, args: argparse.Namespace, read: Callable[[], Settings]) -> None:
+    """Serve until signals stop it, and end the process. Raises SystemExit if that fails."""
+    service = Service(server, catch_signals(), args.drain, read)
+    if args.workers > 1 and hasattr(os, "fork"):
+        service = Workers(args.workers, server, service.signals, args.drain, read)
+    elif args.workers > 1:
         log.warning("this system has no fork(): serving with one worker")
-        args.workers = 1
-    service = (Service(server, catch_signals(), args.drain, read) if args.workers == 1 else
-               Workers(args.workers, server, catch_signals(), args.drain, read))
     address: Any = server.server_address
     if isinstance(address, str):
         path = os.path.abspath(address)
@@ -2606,21 +2589,17 @@ def serve(server: Socks5Server, args: argparse.Namespace, read: Callable[[], Set
     try:
         service.run()
     except NoThreadError as error:
-        print(f"socks5.py: cannot start: {describe(error)}", file=sys.stderr)
-        return 1
+        sys.exit(f"socks5.py: cannot start: {describe(error)}")
     os._exit(0)  # the interpreter's own end would wait for threads
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command; return the exit status if it does not serve.
-
-    It takes the process over: signal handlers, limits, the log. After serving, it ends the process.
-    """
+def main(argv: Optional[List[str]] = None) -> None:
+    """Run the command, and end the process. Its signal handlers, limits and log are taken over."""
     for number in OTHER_SIGNALS:  # until the service obeys them
         signal.signal(number, signal.SIG_IGN)
     parser, arguments = make_parser(), sys.argv[1:] if argv is None else argv
     try:
-        args = parser.parse(arguments)
+        args = parser.parse_args(arguments)
         if not args.drain >= 0:
             raise ValueError(f"--drain: 0 or more, not {args.drain:g}")
         prepare_process(args.level)
@@ -2631,11 +2610,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         settings = read_settings(args, address, mode)
     except (OSError, ValueError, RecursionError) as error:
         print(f"socks5.py: error: {describe(error)}\nsee socks5.py --help", file=sys.stderr)
-        return 2
+        sys.exit(2)
     server = open_server(address, args.mode, listener)
     server.settings = settings
-    return serve(server, args, lambda: read_settings(parser.parse(arguments), address, mode))
+    serve(server, args, lambda: read_settings(parser.parse_args(arguments), address, mode))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
