@@ -594,15 +594,6 @@ def check_least(name: str, value: Optional[float], least: float) -> float:
     return NEVER if value is None else value
 
 
-def check_users(users: Optional[Mapping[str, str]]) -> Optional[Dict[bytes, bytes]]:
-    """Return the users as bytes. Raises ValueError, which quotes no password."""
-    if users is None:
-        return None
-    return {check_credential("users: username", name):
-            check_credential(f"users: password of {name!a}", password)
-            for name, password in users.items()}
-
-
 class Settings:
     """Settings for new sessions. Raises ValueError if one is invalid.
 
@@ -640,7 +631,10 @@ class Settings:
         self.max_sessions = check_least("max_sessions", max_sessions, 1)
         self.max_per_client = check_least("max_per_client", max_per_client, 1)
         self.max_per_user = check_least("max_per_user", max_per_user, 1)
-        self.users = check_users(users)
+        self.users = None if users is None else {
+            check_credential("users: username", name):
+            check_credential(f"users: password of {name!a}", password)
+            for name, password in users.items()}
         self.rules = [Rule.parse(rule) for rule in rules]
         self.clients = [parse_network("client", client) for client in clients]
         self.proxy_from = [parse_network("proxy_from", balancer) for balancer in proxy_from]
@@ -989,18 +983,14 @@ class Relay:
             except (BlockingIOError, socket.timeout) as error:  # SEND_TIMEOUT or a slice is over
                 if error.errno == errno.ETIMEDOUT:
                     raise
-                self.check_source(flow)
+                code = flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code:  # the source has been reset while its sink takes nothing
+                    flow.current = flow.source
+                    raise OSError(code, os.strerror(code)) from None
                 continue
             flow.sent += count
             data = data[count:]
         flow.current = flow.source
-
-    def check_source(self, flow: Flow) -> None:
-        """Raise OSError if the source has been reset while its sink takes nothing."""
-        code = flow.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            flow.current = flow.source
-            raise OSError(code, os.strerror(code))
 
     def pass_on_end(self, flow: Flow) -> None:
         """Half-close the sink. Raises OSError if the source was reset."""
@@ -1467,11 +1457,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         return hmac.compare_digest(expected or b"", password) and expected is not None
 
     def send(self, answer: bytes) -> None:
-        """Send a part of the negotiation. Raises ProtocolError if the client has left."""
-        try:
+        """Send `answer`. A client that has left is noticed by the next read."""
+        with contextlib.suppress(OSError):
             self.connection.sendall(answer)
-        except OSError as error:
-            raise ProtocolError("client-left") from error
 
     # -- the request and its reply
 
@@ -1523,8 +1511,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.set_end(end, error)
         if answer:
             self.start_phase("refusal", REFUSAL_TIMEOUT)
+            self.send(answer)
             with contextlib.suppress(OSError):
-                self.connection.sendall(answer)
                 self.connection.shutdown(socket.SHUT_WR)
 
     # -- commands
@@ -1579,9 +1567,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.start_phase("bind", NEVER)  # `accept` keeps the deadline
         with open_inside(socket.SOCK_STREAM, here, [0]) as listener:
             listener.listen(8)
-            with contextlib.suppress(OSError):  # `accept` notices that the client has left
-                bound = Address.of(listener.getsockname())
-                self.connection.sendall(pack_reply(Reply.SUCCEEDED, bound))
+            self.send(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
             target = self.own_socket(self.accept(listener, hosts))
         self.relay_to(target, self.reached)
 
@@ -1925,11 +1911,9 @@ class Socks5Server(socketserver.ThreadingTCPServer):
                 self.warn("not accepting: %s", error.strerror)
             raise
         set_options(request, NO_TIMEOUT)
-        settings, is_balancer = self.settings, False
-        if self.address_family == UNIX_FAMILY:
-            client_address = ("127.0.0.1", 0)
-        elif settings.proxy_from:
-            is_balancer = covers(settings.proxy_from, Address.of(client_address).host)
+        is_path, settings = self.address_family == UNIX_FAMILY, self.settings
+        client_address = ("127.0.0.1", 0) if is_path else client_address
+        is_balancer = not is_path and covers(settings.proxy_from, Address.of(client_address).host)
         self.connections[request] = Connection(settings, is_balancer)
         return request, client_address
 
@@ -2124,9 +2108,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
         try:
             lines = self.format(record) + "\n"
             if self.dropped:
-                notice = logging.makeLogRecord({
-                    "levelname": "WARNING", "msg": f"log lines dropped count={self.dropped}"})
-                lines = self.format(notice) + "\n" + lines
+                lines += f"WARNING log lines dropped count={self.dropped}\n"
             write_unless_stuck(self.stream.fileno(), lines)
             self.dropped = 0
         except Exception:  # a reader that does not read, or a full disk
@@ -2333,21 +2315,20 @@ class Workers(Service):
             while self.missing:
                 process = os.fork()
                 if not process:
-                    self.become_worker(self.missing[-1], parent)
+                    self.serve_as_worker(self.missing[-1], parent)
                 self.processes[process] = self.missing.pop()
         except OSError as error:
             self.server.warn("cannot start a worker: %s", error.strerror)
 
-    def become_worker(self, number: int, parent: int) -> None:
+    def serve_as_worker(self, number: int, parent: int) -> None:
         try:
             worker = Service(self.server, self.signals, self.drain_seconds, self.read_settings)
             worker.parent = parent
             worker.run(number)
-            os._exit(0)  # the interpreter's own end would wait for threads
         except Exception as error:
             log_failure("worker failed", error)
-        finally:
             os._exit(1)
+        os._exit(0)  # the interpreter's own end would wait for threads
 
 
 # ---- command line ------------------------------------------------------------------------
@@ -2520,10 +2501,8 @@ def prepare_process(level: int) -> None:
     """Set up the log, and what a process with thousands of threads needs."""
     logging.addLevelName(NOTICE, "NOTICE")
     logging.Formatter.converter = time.gmtime
-    logging.basicConfig(level=level, handlers=[LogHandler() if sys.stderr else
-                                               logging.NullHandler()],
-                        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",
-                        datefmt="%Y-%m-%dT%H:%M:%S")
+    logging.basicConfig(level=level, handlers=[LogHandler()], datefmt="%Y-%m-%dT%H:%M:%S",
+                        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s")
     threading.stack_size(256 * 1024)  # bytes
     sys.setswitchinterval(1)  # second: each thread that waits for the interpreter wakes that often
     if sys.platform != "win32":

@@ -4031,7 +4031,7 @@ class SignalsTest(ServiceTestCase):
         for _ in range(5):
             self.be_refused(port)  # the first line tells what has been dropped
         wait_until(is_complete)
-        self.assertEqual(text.count(b" WARNING log lines dropped count="), 1)
+        self.assertEqual(text.count(b"\nWARNING log lines dropped count="), 1)
         fill()
         client, target = self.tunnel(port)
         self.assertEqual(service.end(signal.SIGTERM), 0)
