@@ -662,7 +662,6 @@ DEFAULTS: Dict[str, Any] = dict(Settings.__init__.__kwdefaults__ or {})
 
 # ---- threads: used again for the next job ------------------------------------------------
 
-MOST_IDLE = 256  # threads that wait for another job; the others end
 TaskQueue: Any = getattr(queue, "SimpleQueue", queue.Queue)  # SimpleQueue is new in 3.7
 
 
@@ -683,11 +682,12 @@ def start_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
 class ThreadCache:
     """Threads that are used again: starting one costs more than the rest of a short session."""
 
+    most_idle = 256  # threads that wait for another job; the others end
+
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.idle: List[Any] = []  # queues, one for each thread that waits for a job
         self.threads: Set[threading.Thread] = set()
-        self.most_idle = MOST_IDLE
 
     def start(self, function: Callable[..., None], *args: Any) -> Any:
         """Call `function` in a thread; return a lock that is released when it has returned."""
@@ -1580,11 +1580,11 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
                 raise ConnectionResetError
             listener.settimeout(max(0.001, min(BIND_INTERVAL, deadline - time.monotonic())))
             with contextlib.suppress(socket.timeout, ConnectionAbortedError):
-                target, peer = listener.accept()
-                host, port = Address.of(peer)
-                if host in hosts or not hosts and self.deciding_rule(
-                        b"", parse_ip(host), port).allows:
-                    self.reached = Address(host, port)
+                target, sockaddr = listener.accept()
+                peer = Address.of(sockaddr)
+                rule = self.deciding_rule(b"", parse_ip(peer.host), peer.port)
+                if peer.host in hosts or rule.allows and not hosts:
+                    self.reached = peer
                     return target
                 target.close()
         raise socket.timeout("timed out")
@@ -2271,13 +2271,12 @@ class Workers(Service):
 
     def run(self, number: Optional[int] = None) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, waitpid() would fail
-        while self.server.is_accepting or self.processes:
-            if time.monotonic() >= self.end_at + LAST_RESORT:
-                return self.tell(signal.SIGKILL)
+        while (self.server.is_accepting or self.processes) and (
+                time.monotonic() < self.end_at + LAST_RESORT):
             if time.monotonic() >= self.end_at:
                 self.tell(SIGUSR2)  # again: two signals may have become one
             self.tick(self.replace)
-        return None
+        self.tell(signal.SIGKILL)  # workers that are stuck
 
     def obey(self, number: int) -> None:
         if number == SIGUSR1:
@@ -2296,15 +2295,15 @@ class Workers(Service):
 
     def replace(self) -> None:
         """Forget dead workers, and start the missing ones."""
-        process = -1
-        while self.processes and process:
+        while self.processes:
             process, status = os.waitpid(-1, os.WNOHANG)
-            if process:
-                self.missing.append(self.processes.pop(process))
-                if self.server.is_accepting:
-                    self.start_at = time.monotonic() + RESTART_PAUSE
-                    log.warning("worker %s pid=%d signal=%d exit=%d", "died" if status else "ended",
-                                process, os.WTERMSIG(status), os.WEXITSTATUS(status))
+            if not process:
+                break
+            self.missing.append(self.processes.pop(process))
+            if self.server.is_accepting:
+                self.start_at = time.monotonic() + RESTART_PAUSE
+                log.warning("worker %s pid=%d signal=%d exit=%d", "died" if status else "ended",
+                            process, os.WTERMSIG(status), os.WEXITSTATUS(status))
         if self.server.is_accepting and time.monotonic() >= self.start_at:
             self.start_at = time.monotonic() + RESTART_PAUSE
             self.start_missing()
@@ -2364,9 +2363,6 @@ def worker_count(text: str) -> int:
     return number
 
 
-seconds = typed(float, "a number of seconds")
-
-
 def add_access_options(parser: argparse.ArgumentParser) -> None:
     number = typed(int, "a whole number")
     add = parser.add_argument_group("who may use it").add_argument
@@ -2406,8 +2402,6 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="permissions of a Unix socket (default: 0600)")
     add("--workers", metavar="N", type=typed(worker_count, "1 or more, or auto"), default=1,
         help="processes that serve; auto is one per CPU (default: %(default)s)")
-    add("--drain", metavar="S", type=seconds, default=5.0,
-        help="seconds for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
 
 
 def make_parser() -> Parser:
@@ -2421,6 +2415,9 @@ def make_parser() -> Parser:
     add_serving_options(parser)
     add_access_options(parser)
     add: Any = parser.add_argument_group("timeouts in seconds").add_argument
+    seconds = typed(float, "a number of seconds")
+    add("--drain", metavar="S", type=seconds, default=5.0,
+        help="for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
     for option, meaning in (
             ("--handshake-timeout", "from accepting a client to its complete request"),
             ("--connect-timeout", "to resolve and reach a destination"),

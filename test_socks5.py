@@ -937,7 +937,7 @@ class ThreadsTest(TestCase):
             return [sum(issubclass(type(each), kind) for each in gc.get_objects())
                     for kind in (threading.Thread, socks5.Relay)]
 
-        with mock.patch.object(socks5, "MOST_IDLE", 3):
+        with mock.patch.object(socks5.ThreadCache, "most_idle", 3):
             server = self.serve()
             threads, relays = known()
             for _ in range(2):
@@ -2541,7 +2541,8 @@ class LimitsTest(SweepTestCase):
                 ("not accepting", {}, socket.socket, "accept", OSError(errno.EMFILE, "limit"))]:
             ahead, errors = [], []
             with self.subTest(kind), mock.patch.multiple(
-                    socks5, WARNING_INTERVAL=PATIENCE, EXHAUSTION_PAUSE=0.01, MOST_IDLE=0), \
+                    socks5, WARNING_INTERVAL=PATIENCE, EXHAUSTION_PAUSE=0.01), \
+                    mock.patch.object(socks5.ThreadCache, "most_idle", 0), \
                     failing(owner, name, errors), mock.patch(
                         "time.monotonic", lambda ahead=ahead: real() + sum(ahead)):
                 server = self.serve(**settings)
