@@ -49,32 +49,24 @@ the server:
     service          signals and worker processes
     command line     options and main()
 
-Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. The
-phases of a session:
+Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a session. What
+happens when ...
 
-    CONNECT              handshake, connect, idle; linger, once one side has closed
-    BIND                 handshake, connect, bind, idle; linger, once one side has closed
-    UDP ASSOCIATE        handshake, udp
-    refused              handshake, refusal
-    ended by the server  closing, after any other phase
+    a side closes, or resets         Relay.pass_on_end, Relay.break_off
+    a client or target is silent     Socks5RequestHandler.check_deadline
+    a name has to be looked up       Socks5RequestHandler.permitted
+    a login fails                    Socks5RequestHandler.log_in
+    a balancer connects              Socks5RequestHandler.read_balancer_header
+    a session ends; sockets close    Socks5RequestHandler.finish
+    a datagram comes                 Association.relay_up, Association.relay_down
+    descriptors are used up          Socks5Server.get_request
+    a limit is reached               Socks5Server.has_room_for, Socks5Server.admit_user
+    a signal comes                   Service.obey, Workers.obey
 
-The server checks the deadline of each phase twice a second and ends the sessions that are late.
-BIND keeps its own. A session ends, a relay stops, the server drains and closes, a request is
-refused.
-
-Each session owns its sockets. Only its own thread closes them, in `Socks5RequestHandler.finish`.
-Another thread that ends the session (`hang_up`) only wakes the session's threads.
-
-Hooks of `Socks5RequestHandler` to override:
-
-    select_method(offered)             choose one of the authentication methods offered
-    authenticate(username, password)   check a login
-    authorize(destination)             allow or refuse a destination
-    connect(destination)               return a connected socket; chain proxies here
-    do_CONNECT(destination)            carry out a command; also do_BIND, do_UDP_ASSOCIATE
-    log_message(level, event, fields)  write the log
-
-To choose who may connect, override the server's ``verify_request``, as in any ``socketserver``.
+To change what the server does, override the hooks of `Socks5RequestHandler`: `select_method`,
+`authenticate`, `authorize`, `connect`, `do_CONNECT`, `do_BIND`, `do_UDP_ASSOCIATE` and
+`log_message`; and to choose who may connect, the server's `verify_request`, as in any
+``socketserver``.
 """
 
 import argparse
@@ -993,7 +985,10 @@ class Relay:
         flow.current = flow.source
 
     def pass_on_end(self, flow: Flow) -> None:
-        """Half-close the sink. Raises OSError if the source was reset."""
+        """Half-close the sink. The other flow goes on, but not for long: see `check_deadline`.
+
+        Raises OSError if the source was reset.
+        """
         # The kernel reports a reset once, perhaps to the other thread, and this one sees an end of
         # file. After a reset, getpeername() fails. It also fails after two clean ends, so the
         # failure counts only while the other flow runs.
@@ -1008,7 +1003,10 @@ class Relay:
         set_options(flow.sink, CLEAN_CLOSE)  # the kernel still delivers what the sink has not read
 
     def break_off(self, flow: Flow, error: Exception) -> None:
-        """Note why the relay breaks. The other flow still sends what it has received."""
+        """Note why the relay breaks, and wake the other flow, which sends what it has received.
+
+        Then both sockets are closed with a reset: so the reset of one side reaches the other.
+        """
         side = "client" if flow.current is self.up.source else "target"
         how = "-lost" if isinstance(error, TimeoutError) else "-reset"
         self.note(side + how if isinstance(error, OSError) else "error")
@@ -1306,7 +1304,12 @@ class ClientReader(io.RawIOBase):
 
 
 class Phase(NamedTuple):
-    """What a session does, since when and until when (monotonic clock)."""
+    """What a session does, since when and until when (monotonic clock).
+
+    CONNECT: handshake, connect, idle; linger, once one side has closed. BIND: handshake, connect,
+    bind, idle, linger. UDP ASSOCIATE: handshake, udp. A refused client: refusal, instead of the
+    next one. After `hang_up`: closing.
+    """
     name: str
     since: float
     deadline: float
@@ -1372,7 +1375,11 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         return self.carry_out(request)
 
     def finish(self) -> None:
-        """Close the sockets and log the session. It counts until its look-ups have come back."""
+        """Close the sockets and log the session. It counts until its look-ups have come back.
+
+        A session's sockets are closed here only. Another thread that ends a session, in `hang_up`,
+        wakes the session's threads.
+        """
         try:
             # A close() with unread bytes of the client would send a reset, which can destroy the
             # answer to a refused client: it gets time to read. `hang_up` starts another phase.
@@ -1564,7 +1571,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect((sockaddr[0], 9) + sockaddr[2:])  # sends nothing: only finds the way
                 here = probe.getsockname()
-        self.start_phase("bind", NEVER)  # `accept` keeps the deadline
+        self.start_phase("bind", self.settings.bind_timeout)
         with open_inside(socket.SOCK_STREAM, here, [0]) as listener:
             listener.listen(8)
             self.send(pack_reply(Reply.SUCCEEDED, Address.of(listener.getsockname())))
@@ -1573,12 +1580,11 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     def accept(self, listener: socket.socket, hosts: Set[str]) -> socket.socket:
         """Return a connection from one of `hosts`, or from any if it is empty. Raises OSError."""
-        deadline = time.monotonic() + self.settings.bind_timeout
-        while time.monotonic() < deadline and not self.end:
+        listener.settimeout(BIND_INTERVAL)
+        while not self.end:
             if self.has_left():
                 self.set_end("client-left")
                 raise ConnectionResetError
-            listener.settimeout(max(0.001, min(BIND_INTERVAL, deadline - time.monotonic())))
             with contextlib.suppress(socket.timeout, ConnectionAbortedError):
                 target, sockaddr = listener.accept()
                 peer = Address.of(sockaddr)
@@ -1651,8 +1657,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def permitted(self, destination: Address, deadline: float) -> List[Candidate]:
         """Return the addresses of `destination` that the rules allow, best first.
 
-        A name is resolved by `deadline` (monotonic clock). Raises RequestError if no address is
-        left, OSError if the name cannot be resolved.
+        A name is looked up if a rule might allow it. Then each address is judged: denied ones are
+        left out. Raises RequestError if none is left, OSError if the name cannot be resolved by
+        `deadline` (monotonic clock).
         """
         ip = parse_ip(destination.host)
         name = encode_name(destination.host) if ip is None else b""
@@ -1706,7 +1713,11 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.phase = Phase(name, now, now + seconds)
 
     def check_deadline(self, now: float) -> None:
-        """End a phase that has lasted too long. A relay's progress starts it anew."""
+        """End a phase that has lasted too long. A relay's progress starts it anew.
+
+        A client that is silent is hung up on. If the resolver or a target is silent, the client is
+        answered; the session's own thread comes back when the resolver does.
+        """
         if self.relay and self.phase.name != "closing":
             progress = self.relay.end, self.counts
             if progress != self.last_progress:
@@ -1716,7 +1727,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
                                          "udp": settings.udp_timeout}[phase])
         if now < self.phase.deadline:
             return
-        if self.phase.name == "connect":  # the session's thread may wait for the resolver
+        if self.phase.name in ("connect", "bind"):
             self.refuse_request(socket.timeout("timed out"), "refused")
         else:  # handshake-timeout, idle-timeout, linger-timeout, udp-timeout
             self.hang_up(self.phase.name + "-timeout")
@@ -1898,7 +1909,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.socket.close()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a client. Raises OSError if there is none, or no room: then clients queue."""
+        """Accept a client. Raises OSError if there is none.
+
+        If descriptors are used up, log that, pause, and raise OSError: clients wait in the queue.
+        """
         try:
             if len(self.connections) >= self.session_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -2187,9 +2201,9 @@ def catch_signals() -> Deque[int]:
 class Service:
     """A process that serves until signals stop it.
 
-    The first signal to stop drains: the process ends when no session is left, or after
-    `drain_seconds`. The second one ends the sessions at once. SIGHUP reads the settings again, for
-    new sessions; if they are invalid, nothing changes. SIGUSR1 logs the live sessions and totals.
+    The first SIGTERM or SIGINT drains: the process ends when no session is left, or after
+    `drain_seconds`. The second one ends the sessions at once. SIGHUP reads the settings again.
+    SIGUSR1 logs the live sessions and totals.
     """
 
     parent = 0  # process ID, in a worker
@@ -2232,6 +2246,7 @@ class Service:
             self.stop()
 
     def reload(self) -> bool:
+        """Read the settings for new sessions; return False if they are invalid, and change none."""
         interval = sys.getswitchinterval()
         sys.setswitchinterval(0.005)  # parsing many rules must not stop the sessions
         try:
@@ -2257,9 +2272,9 @@ class Service:
 class Workers(Service):
     """The parent of processes that serve. It replaces dead ones, and passes on signals.
 
-    A terminal or systemd sends each signal to all processes. So only SIGUSR2 stops a worker: its
-    parent sends it. The parent keeps the listening socket open: if a worker dies, the others serve
-    its queue.
+    A terminal or systemd sends each signal to all processes. So workers ignore SIGTERM and SIGINT:
+    their parent sends SIGUSR2 for each, and kills workers that are stuck. The parent keeps the
+    listening socket open: if a worker dies, the others serve its queue.
     """
 
     start_at = 0.0  # when to start the missing workers
