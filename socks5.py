@@ -837,7 +837,6 @@ def dial(candidates: List[Candidate], deadline: float, source: Optional[str],
 SMALL_BUFFER = 2 * 1024     # bytes, for an idle flow
 LARGE_BUFFER = 1024 * 1024  # bytes, for the busiest; in between, each is 8 times the last
 SEND_TIMEOUT = 0.25         # seconds for which send() waits before `is_stopped` is checked
-CLEAN = ("client-closed", "target-closed")  # ends of a relay that has lost nothing
 
 
 def existing(*options: Tuple[int, str, Any]) -> List[Tuple[int, int, Any]]:
@@ -915,6 +914,7 @@ class Flow:
 class Relay:
     """Two flows, each in a thread. The client's first bytes may be in the buffer of `reader`."""
 
+    clean = ("client-closed", "target-closed")  # ends that lose nothing
     is_stopped = False  # by `stop`: both flows end without sending what is left
 
     def __init__(self, client: socket.socket, target: socket.socket, reader: Any) -> None:
@@ -928,13 +928,13 @@ class Relay:
     @property
     def end(self) -> str:
         """The first end that is not clean, otherwise the first one, "" while both flows run."""
-        unclean = [end for end in self.ends if end not in CLEAN]
+        unclean = [end for end in self.ends if end not in self.clean]
         return (unclean + self.ends + [""])[0]
 
     @property
     def is_over(self) -> bool:
         """True after an end that is not clean: flows send what they hold, and receive no more."""
-        return self.end not in ("", *CLEAN)
+        return self.end not in ("", *self.clean)
 
     def run(self, threads: ThreadCache, reply: bytes) -> None:
         """Send `reply`, and relay until both flows have ended. NoThreadError: nothing was sent."""
@@ -995,7 +995,7 @@ class Relay:
         try:
             flow.source.getpeername()
         except OSError:
-            if self.end not in CLEAN:
+            if self.end not in self.clean:
                 raise
         self.note("client-closed" if flow is self.up else "target-closed")
         flow.current = flow.sink
@@ -1349,7 +1349,6 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.client = Address.of(self.client_address)
         self.client_name: Any = self.client  # for the log
         self.account = self.user = ""
-        self.is_verbose = log.isEnabledFor(logging.DEBUG)
         self.command = self.rule = self.end = self.error = ""  # as in the log, like the next ones
         self.destination: Any = ""
         self.reached: Any = ""
@@ -1756,7 +1755,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     def debug(self, event: str, **fields: object) -> None:
         """Log a step of the conversation at DEBUG. Nothing is computed when nobody reads it."""
-        if self.is_verbose:
+        if log.isEnabledFor(logging.DEBUG):
             self.log_message(logging.DEBUG, event, {"client": self.client_name, **fields})
 
     def log_message(self, level: int, event: str, fields: Mapping[str, object]) -> None:
