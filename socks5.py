@@ -1975,7 +1975,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     # -- limits
 
-    def count(self, request: Any, owner: Tuple[str, Any], limit: float, who: object) -> bool:
+    def admit(self, request: Any, owner: Tuple[str, Any], limit: float, who: object) -> bool:
         """Return True, and count the connection for `owner`, if that has fewer than `limit`."""
         with self.lock:
             has_room = self.owners[owner] < limit
@@ -1996,7 +1996,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         if len(self.connections) > settings.max_sessions:
             self.warn("too many sessions client=%s", who)
             return False
-        return not client or self.count(request, ("client", host), settings.max_per_client, who)
+        return not client or self.admit(request, ("client", host), settings.max_per_client, who)
 
     def admit_client(self, request: Any, client: Optional[Address]) -> bool:
         """Return True if the client of a balancer may connect. None is a health check."""
@@ -2007,7 +2007,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def admit_user(self, session: Socks5RequestHandler) -> bool:
         """Return True, and count `session`, if its user has fewer sessions than `max_per_user`."""
         who = f"{session.client_name} user={escape(session.user)}"
-        return self.count(session.connection, ("user", session.user),
+        return self.admit(session.connection, ("user", session.user),
                           session.settings.max_per_user, who)
 
     # -- watching
@@ -2338,10 +2338,11 @@ class Workers(Service):
             worker = Service(self.server, self.signals, self.drain_seconds, self.read_settings)
             worker.parent = parent
             worker.run(number)
+            os._exit(0)  # the interpreter's own end would wait for threads
         except Exception as error:
             log_failure("worker failed", error)
+        finally:
             os._exit(1)
-        os._exit(0)  # the interpreter's own end would wait for threads
 
 
 # ---- command line ------------------------------------------------------------------------
