@@ -1400,6 +1400,9 @@ class RelayTest(SweepTestCase):
         for sock in sockets:
             self.assertTrue(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            if not socks5.SLICE:
+                wait = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)
+                self.assertAlmostEqual(struct.unpack("ll", wait)[1], 50000, delta=10000)  # QUICK
             if hasattr(socket, "TCP_KEEPCNT"):
                 idle, interval, count = (sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
                     socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT))
