@@ -388,7 +388,7 @@ def read_proxy_header(stream: Any) -> Optional[Address]:
             if not version:
                 return None
             family = socket.AF_INET if version == "4" else socket.AF_INET6
-            return Address(socket.inet_ntop(family, socket.inet_pton(family, host)), int(port))
+            return Address.of((socket.inet_ntop(family, socket.inet_pton(family, host)), int(port)))
         if first != b"\r":
             raise ValueError
         signature, command, kind, length = struct.unpack("!11sBBH", read_exactly(stream, 15))
@@ -399,7 +399,7 @@ def read_proxy_header(stream: Any) -> Optional[Address]:
             return None
         family, layout = PROXY_BLOCKS[kind]
         packed, port = struct.unpack_from(layout, body)
-        return Address(socket.inet_ntop(family, packed), port)
+        return Address.of((socket.inet_ntop(family, packed), port))
     except (OSError, ValueError, struct.error):
         raise ProtocolError("not-proxy") from None
 
@@ -451,7 +451,7 @@ def is_loopback(host: str) -> bool:
 
 
 def covers(networks: List[Any], host: str) -> bool:
-    ip = parse_ip(host) if networks else None
+    ip = parse_ip(host)
     return ip is not None and any(ip in network for network in networks)
 
 
@@ -466,7 +466,7 @@ def split_ports(text: str) -> Tuple[str, str]:
 
 def parse_ports(text: str) -> range:
     """Return the ports of PORT, FIRST-LAST or ``*``. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text.replace("*", "0-65535"))
+    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", "0-65535" if text == "*" else text)
     if not match:
         raise ValueError(f"{text!r} is neither PORT nor FIRST-LAST")
     first, last = int(match.group(1)), int(match.group(2) or match.group(1))
@@ -758,18 +758,17 @@ def start_attempt(candidate: Candidate, source: Optional[str],
         if source:
             if (sock.family == socket.AF_INET6) != (":" in source):
                 raise OSError(errno.ENETUNREACH, "not of the family of the source address")
-            with contextlib.suppress(OSError):  # Linux's IP_BIND_ADDRESS_NO_PORT: targets share
-                sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # ports, `connect` chooses them
+            if IS_LINUX:  # IP_BIND_ADDRESS_NO_PORT: `connect` chooses a port, which targets share
+                sock.setsockopt(socket.IPPROTO_IP, 24, 1)
             sock.bind((source, 0))
         sock.settimeout(seconds)
         sock.connect(candidate[1])
         return sock, True
     except OSError as error:
-        is_timeout = isinstance(error, socket.timeout) and not error.errno  # not ETIMEDOUT
-        if not is_timeout and not isinstance(error, BlockingIOError):
-            sock.close()
-            raise
-        return sock, False
+        if isinstance(error, (BlockingIOError, socket.timeout)) and error.errno != errno.ETIMEDOUT:
+            return sock, False
+        sock.close()
+        raise
 
 
 def wait_for(socks: Iterable[socket.socket], seconds: float) -> List[Tuple[socket.socket, int]]:
@@ -880,7 +879,7 @@ def needs_slices() -> bool:
 
 
 SLICE = SEND_TIMEOUT if needs_slices() else None  # seconds, for ``settimeout``
-RELAYED = RESET_AT_CLOSE + ([] if SLICE else SEND_TIMES_OUT)
+RELAY_OPTIONS = RESET_AT_CLOSE + ([] if SLICE else SEND_TIMES_OUT)
 
 
 def receive(sock: socket.socket, buffer: Any, owner: Any) -> int:
@@ -919,7 +918,7 @@ class Relay:
 
     def __init__(self, client: socket.socket, target: socket.socket, reader: Any) -> None:
         for sock in (client, target):
-            set_options(sock, RELAYED)
+            set_options(sock, RELAY_OPTIONS)
         self.reader = reader
         self.up, self.down = Flow(client, target), Flow(target, client)
         self.ends: List[str] = []  # as in the log; two threads append to it
@@ -933,7 +932,7 @@ class Relay:
 
     @property
     def is_over(self) -> bool:
-        """True after an end that is not clean: flows send what they hold, and receive no more."""
+        """True after an end that is not clean: each flow sends what it holds, and ends."""
         return self.end not in ("", *self.clean)
 
     def run(self, threads: ThreadCache, reply: bytes) -> None:
@@ -1007,13 +1006,14 @@ class Relay:
 
         Then both sockets are closed with a reset: so the reset of one side reaches the other.
         """
-        side = "client" if flow.current is self.up.source else "target"
-        how = "-lost" if isinstance(error, TimeoutError) else "-reset"
-        self.note(side + how if isinstance(error, OSError) else "error")
+        if isinstance(error, OSError):
+            side = "client" if flow.current is self.up.source else "target"
+            self.note(side + ("-lost" if isinstance(error, TimeoutError) else "-reset"))
+        else:
+            self.stop("error")
+            log_failure("relay failed", error)
         wake(self.up.source)
         wake(self.down.source)
-        if not isinstance(error, OSError):
-            log_failure("relay failed", error)
 
     def note(self, end: str) -> None:
         self.first_end_at = min(self.first_end_at, time.monotonic())
@@ -1159,7 +1159,7 @@ class Association:
     def find(self, destination: Address) -> Route:
         """Find out where datagrams to `destination` go. Raises OSError."""
         try:
-            sockaddrs = self.find_routes(destination)[:MOST_ATTEMPTS]
+            sockaddrs = self.find_routes(destination)
         except RequestError:
             sockaddrs = []
         if self.outside.family == socket.AF_INET:
@@ -1182,8 +1182,8 @@ class Association:
         for sockaddr in sockaddrs:
             try:
                 with self.lock:
-                    self.remember(self.hosts, Address.of(sockaddr).host, None)
                     self.outside.sendto(datagram.data, sockaddr)
+                    self.remember(self.hosts, Address.of(sockaddr).host, None)
                     self.counts["up"] += len(datagram.data)
                     self.counts["datagrams_up"] += 1
                     return
@@ -1210,9 +1210,8 @@ class Association:
         """Look `destination` up, and send what waits for it. Queue the other datagrams again."""
         route = None
         try:
-            route = self.find(destination)
-        except OSError:  # an old route still serves
-            pass
+            with contextlib.suppress(OSError):  # an old route still serves
+                route = self.find(destination)
         finally:
             with self.lock:  # the waiting datagrams go first
                 if route:
@@ -1251,8 +1250,8 @@ BIND_INTERVAL = 0.25   # seconds after which BIND checks if the client has left
 
 
 def peer_user(sock: socket.socket) -> Optional[int]:
-    """Return the number of the account behind a Unix socket, None if the system does not tell."""
-    if not hasattr(socket, "SO_PEERCRED"):
+    """Return the user ID of the client of a Unix socket, None if the system does not tell."""
+    if not IS_LINUX:
         return None
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
     return int(struct.unpack("iII", credentials)[1])
@@ -1419,7 +1418,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             self.rules = [DENY_OTHERS] if self.settings.clients else self.rules
         else:
             self.client_address = tuple(client)
-            self.client = self.client_name = Address.of(client)
+            self.client = self.client_name = client
             if is_local_balancer:  # loopback on another host is not loopback here
                 self.rules = self.settings.rules_for(self.client.host)
         if not self.server.admit_client(self.connection, client):
@@ -1475,6 +1474,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         self.command = Command(request.command).name if is_known else str(request.command)
         self.destination = request.destination
         self.debug("request", command=self.command, destination=self.destination)
+        self.start_phase("connect", self.settings.connect_timeout)
         try:
             if not self.is_served():
                 raise RequestError(Reply.COMMAND_NOT_SUPPORTED)
@@ -1505,12 +1505,12 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     def refuse_request(self, error: Exception, end: str) -> None:
         """Answer with the reply for `error`, unless there was one. The server calls it, too."""
-        reply = reply_for(error)
         with self.lock:
             if self.reply is not None:
                 return
-            self.reply = reply
-        self.refuse(pack_reply(reply), end, reason_of(error))
+            self.reply = reply_for(error)
+            self.start_phase("refusal", REFUSAL_TIMEOUT)
+        self.refuse(pack_reply(self.reply), end, reason_of(error))
 
     def refuse(self, answer: bytes, end: str, error: str) -> None:
         """Send `answer`, if there is one: the last bytes that the client gets."""
@@ -1525,7 +1525,6 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     def do_CONNECT(self, destination: Address) -> None:
         """Connect to `destination`, and relay until both sides have closed (section 4)."""
-        self.start_phase("connect", self.settings.connect_timeout)
         target = self.connect(destination)
         if isinstance(target, socket.socket):
             self.own_socket(target)
@@ -1560,9 +1559,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         hosts: Set[str] = set()  # if it stays empty, all that the rules allow
         here = self.connection.getsockname()
         if destination.host not in ("0.0.0.0", "::"):
-            seconds = self.settings.connect_timeout
-            self.start_phase("connect", seconds)
-            peers = self.permitted(destination, time.monotonic() + seconds)
+            peers = self.permitted(destination, self.phase.deadline)
             hosts = {Address.of(peer[1]).host for peer in peers}
             family, sockaddr = peers[0]
             if parse_ip(Address.of(sockaddr).host).is_multicast:  # it never connects
@@ -1644,6 +1641,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         except NoThreadError:
             self.relay = self.reply = None
             self.reader.is_over = False
+            set_options(self.connection, CLEAN_CLOSE)
             self.set_end("no-thread")
             raise
         except OSError:  # the reply could not be sent
@@ -1770,8 +1768,10 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 SWEEP_INTERVAL = 0.5     # seconds between two checks of the deadlines
 EXHAUSTION_PAUSE = 0.1   # seconds before accepting is tried again
 WARNING_INTERVAL = 1.0   # seconds between two warnings of a kind
+ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before `is_accepting` is checked
 NO_TIMEOUT = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # an accepted socket inherits it
-LISTENER_OPTIONS = (seconds_option("SO_RCVTIMEO", 0.2) if IS_LINUX else []) + TCP_OPTIONS
+LISTENER_OPTIONS = TCP_OPTIONS + (
+    seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else [])
 
 
 def session_limit() -> float:
@@ -1891,10 +1891,11 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def accept_forever(self) -> None:
         """Accept clients while `is_accepting`, then the queued ones, and stop listening."""
-        self.timeout = 0.2  # then `is_accepting` is checked; on Linux, SO_RCVTIMEO does it
         # Workers share a socket. Linux wakes one of them for a client if they wait in accept(), and
         # all of them if they wait in a selector.
-        accept_one: Any = getattr(self, "_handle_request_noblock" if IS_LINUX else "handle_request")
+        accept_one: Any = self._handle_request_noblock  # type: ignore[attr-defined]
+        if not IS_LINUX:  # there, SO_RCVTIMEO ends the wait
+            self.socket.settimeout(ACCEPT_TIMEOUT)
         while self.is_accepting:
             try:
                 accept_one()
@@ -1916,7 +1917,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             if len(self.connections) >= self.session_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             request, client_address = super().get_request()
-        except (BlockingIOError, ConnectionAbortedError):  # there is no client, or it has left
+        except (BlockingIOError, socket.timeout, ConnectionAbortedError):  # no client, or it left
             raise
         except OSError as error:
             time.sleep(EXHAUSTION_PAUSE)  # socketserver would try again at once
@@ -1978,13 +1979,12 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def admit(self, request: Any, owner: Tuple[str, Any], limit: float, who: object) -> bool:
         """Return True, and count the connection for `owner`, if that has fewer than `limit`."""
         with self.lock:
-            has_room = self.owners[owner] < limit
-            if has_room:
+            if self.owners[owner] < limit:
                 self.owners[owner] += 1
                 self.connections[request].owners.append(owner)
-        if not has_room:
-            self.warn(f"too many sessions of a {owner[0]} client=%s", who)
-        return has_room
+                return True
+        self.warn(f"too many sessions of a {owner[0]} client=%s", who)
+        return False
 
     def has_room_for(self, request: Any, client: Optional[Address]) -> bool:
         """Return True, and count the connection, if no limit is reached; see `admit_client`."""
@@ -2309,21 +2309,22 @@ class Workers(Service):
 
     def replace(self) -> None:
         """Forget dead workers, and start the missing ones."""
-        while self.processes:
-            process, status = os.waitpid(-1, os.WNOHANG)
-            if not process:
-                break
-            self.missing.append(self.processes.pop(process))
-            if self.server.is_accepting:
-                self.start_at = time.monotonic() + RESTART_PAUSE
-                log.warning("worker %s pid=%d signal=%d exit=%d", "died" if status else "ended",
-                            process, os.WTERMSIG(status), os.WEXITSTATUS(status))
+        for process in list(self.processes):
+            has_ended, status = os.waitpid(process, os.WNOHANG)
+            if has_ended:
+                self.missing.append(self.processes.pop(process))
+                if self.server.is_accepting:
+                    self.start_at = time.monotonic() + RESTART_PAUSE
+                    log.warning("worker %s pid=%d signal=%d exit=%d", "died" if status else "ended",
+                                process, os.WTERMSIG(status), os.WEXITSTATUS(status))
         if self.server.is_accepting and time.monotonic() >= self.start_at:
             self.start_at = time.monotonic() + RESTART_PAUSE
             self.start_missing()
 
     def start_missing(self) -> None:
         parent = os.getpid()
+        # CPython forgets a signal that comes to the new process before it has begun to run.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | OTHER_SIGNALS)
         try:
             while self.missing:
                 process = os.fork()
@@ -2332,11 +2333,14 @@ class Workers(Service):
                 self.processes[process] = self.missing.pop()
         except OSError as error:
             self.server.warn("cannot start a worker: %s", error.strerror)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | OTHER_SIGNALS)
 
     def serve_as_worker(self, number: int, parent: int) -> None:
         try:
             worker = Service(self.server, self.signals, self.drain_seconds, self.read_settings)
             worker.parent = parent
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS | OTHER_SIGNALS)
             worker.run(number)
             os._exit(0)  # the interpreter's own end would wait for threads
         except Exception as error:
@@ -2467,8 +2471,8 @@ def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) ->
         return
     if users is not None or not is_path:
         log.warning("%s: no such user%s", rule.text, " without --users" if users is None else "")
-    elif not hasattr(socket, "SO_PEERCRED"):
-        raise ValueError(f"{rule.text}: this system does not tell the accounts of a Unix socket")
+    elif not IS_LINUX:
+        raise ValueError(f"{rule.text}: this system does not tell who uses a Unix socket")
     else:
         try:
             number = int(rule.user) if rule.user.isdecimal() else pwd.getpwnam(rule.user).pw_uid
@@ -2602,7 +2606,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     except (OSError, ValueError, RecursionError) as error:
         print(f"socks5.py: error: {describe(error)}\nsee socks5.py --help", file=sys.stderr)
         sys.exit(2)
-    server = open_server(address, args.mode, listener)
+    server = open_server(address, mode, listener)
     server.settings = settings
     serve(server, args, lambda: read_settings(parser.parse_args(arguments), address, mode))
 
