@@ -3512,6 +3512,16 @@ class WorkersTest(ServiceTestCase):
         self.check_echo(others[0], echo)
         self.assertNotIn("Shutting down", service.text())
 
+    def test_worker_that_is_told_to_drain_before_it_has_begun(self):
+        service, _ = self.start_workers(before=(
+            "def fork(told=[], real=os.fork):\n"
+            "    child = real()\n"
+            "    if child and not told:\n"
+            "        told.append(os.kill(child, signal.SIGUSR2))\n"
+            "    return child\n"
+            "os.fork = fork\n"))
+        service.wait_for("WARNING worker ended pid=")
+
     def test_workers_end_with_a_parent_that_is_killed(self):
         service, workers = self.start_workers("--drain", "0.5")
         self.addCleanup(subprocess.call, "kill -9 %d %d 2>/dev/null" % tuple(workers), shell=True)
