@@ -70,6 +70,7 @@ To change what the server does, override the hooks of `Socks5RequestHandler`: `s
 """
 
 import argparse
+import array
 import collections
 import contextlib
 import enum
@@ -1772,6 +1773,9 @@ ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before `is_accepting
 NO_TIMEOUT = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # an accepted socket inherits it
 LISTENER_OPTIONS = TCP_OPTIONS + (
     seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else [])
+DROP_SYNS = b"".join(struct.pack("HBBI", *instruction) for instruction in (  # a filter for Linux:
+    (0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 1, 0, 0x02),  # of the TCP flags, SYN and not ACK?
+    (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)))                # then drop the packet
 
 
 def session_limit() -> float:
@@ -1907,6 +1911,16 @@ class Socks5Server(socketserver.ThreadingTCPServer):
             for _ in range(self.request_queue_size):
                 self.handle_request()
         self.socket.close()
+
+    def close_queue(self) -> None:
+        """Let no client enter the queue any more: close() would reset it.
+
+        Its system tries again in a second; by then, the next server may listen.
+        """
+        if IS_LINUX and not self.is_inherited:
+            program = array.array("B", DROP_SYNS)
+            option = struct.pack("HP", 5, program.buffer_info()[0])
+            set_options(self.socket, [(socket.SOL_SOCKET, 26, option)])  # SO_ATTACH_FILTER
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. Raises OSError if there is none.
@@ -2265,6 +2279,7 @@ class Service:
         if self.server.is_accepting and not self.parent:
             announce("Shutting down.")
             notify("STOPPING=1")
+            self.server.close_queue()
         self.server.is_accepting = False
 
 
@@ -2309,9 +2324,10 @@ class Workers(Service):
 
     def replace(self) -> None:
         """Forget dead workers, and start the missing ones."""
-        for process in list(self.processes):
-            has_ended, status = os.waitpid(process, os.WNOHANG)
-            if has_ended:
+        process = -1
+        while self.processes and process:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if process in self.processes:  # process 1 of a container gets other ones, too
                 self.missing.append(self.processes.pop(process))
                 if self.server.is_accepting:
                     self.start_at = time.monotonic() + RESTART_PAUSE

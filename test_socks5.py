@@ -684,7 +684,8 @@ class RulesTest(TestCase):
         for why, *rules in [
                 (no_host, "", ":80", "a b", "a*.example", "*.*.example", "*.", "a..b"),
                 (r"\(names in other scripts: xn--", "b\u00fccher.example", "\u2024"),
-                (no_port, "a:", "a:http", "a:\u0668\u0660", "a:80-\u0669", "a:-1", "a:1-"),
+                (no_port, "a:", "a:http", "a:\u0668\u0660", "a:80-\u0669", "a:-1", "a:1-",
+                 "a:8*", "a:*8"),
                 ("no USER before @", "@a"), ("HOST: .*host bits", "10.0.0.1/8"),
                 ("FIRST is greater than LAST", "a:2-1", "a:65536", "a:1-65536"),
                 (no_ip, "10.0.0.256", "10.0.0.0/33", "::g", "192.168.", "0x7f000001",
@@ -1599,16 +1600,17 @@ class AssociationTest(SweepTestCase):
     def test_addresses_of_a_name(self):
         four, six = self.datagrams(), has_ipv6() and self.datagrams("::1")
         here = four.getsockname()
-        rows = [("the next if one fails", four, [NO_ROUTE, here])]
+        rows = [("the next if one fails", four, [NO_ROUTE] * 9 + [here], {})]
         if six:
-            rows += [("IPv4 first", four, [six.getsockname(), here]),
-                     ("IPv6 if there is no other", six, [six.getsockname()]),
-                     ("IPv6 if IPv4 fails", six, [NO_ROUTE, six.getsockname()])]
-        for name, target, addresses in rows:
-            server = self.serve()
+            rows += [("IPv4 first", four, [six.getsockname(), here], {}),
+                     ("IPv6 if there is no other", six, [six.getsockname()], {}),
+                     ("IPv6 if IPv4 fails", six, [NO_ROUTE, six.getsockname()], {}),
+                     ("IPv6 source", six, [here] * 9 + [six.getsockname()], {"source": "::1"})]
+        for name, target, addresses, settings in rows:
+            server = self.serve(**settings)
             _, client = self.associate(server)
             with self.subTest(name):
-                with resolver(*[NO_ROUTE] * 4, here):  # only four are tried, and none remembered
+                with resolver(*[NO_ROUTE] * 4):  # none is remembered
                     client.send(self.named(b"x", b"lost"))
                     self.wait_for_dropped(server, 1)
                 for _ in range(3):  # the first of them has to be looked up
@@ -2269,12 +2271,13 @@ class DeadlineTest(SweepTestCase):
 
     def test_hook_that_comes_back_too_late_changes_nothing(self):
         (ours, theirs), early = self.pair(), {"handshake_timeout": 0.05}
-        for late in (mock.Mock(side_effect=ConnectionRefusedError), mock.Mock(return_value=ours),
-                     mock.Mock(side_effect=ZeroDivisionError)):
+        for hook, late in itertools.product(("authorize", "connect"), (
+                mock.Mock(side_effect=ConnectionRefusedError), mock.Mock(return_value=ours),
+                mock.Mock(side_effect=ZeroDivisionError))):
             may_go_on = threading.Event()
-            with self.subTest(late), self.within(6), self.logged() as lines:
-                server = self.serve(hooked(connect=lambda *_, late=late, may_go_on=may_go_on: (
-                    may_go_on.wait(PATIENCE) and late())), connect_timeout=0.1, **early)
+            with self.subTest(hook, late=late), self.within(6), self.logged() as lines:
+                server = self.serve(hooked(**{hook: lambda *_, late=late, may_go_on=may_go_on: (
+                    may_go_on.wait(PATIENCE) and late())}), connect_timeout=0.1, **early)
                 client = self.client(server).greet()
                 self.assertEqual(client.ask(80), Reply.TTL_EXPIRED)
                 self.assertEqual(read_all(client), (b"", "end"))
@@ -3007,13 +3010,14 @@ class BalancerTest(DoorTestCase):
                                 max_per_client=1)
             waiting = [self.client(server) for _ in range(2)]  # nobody knows yet whose they are
             self.behind(server, BLOCK).greet()
-            for header in LINE, header_for("127.0.0.1"):
+            mapped = b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 1\r\n".hex()
+            for header in LINE, mapped, header_for("127.0.0.1"):
                 self.refuse(server, header)
             for number, client in enumerate(waiting, 2):
                 client.say(header_for("192.0.2.%d" % number))
                 client.greet()
             self.assertEqual(sorted(line["end"] for line in self.lines_of(server, lines)),
-                             ["rejected"] * 2 + ["server-closed"] * 3)
+                             ["rejected"] * 3 + ["server-closed"] * 3)
         self.assertIn("client refused client=127.0.0.1:40400", lines)
         self.assertIn("too many sessions of a client client=192.0.2.1:40400", lines)
 
@@ -3497,7 +3501,11 @@ class WorkersTest(ServiceTestCase):
             self.assertGreater(late - soon, 0.2)  # RESTART_PAUSE, but for what a fork takes
 
     def test_workers_that_are_told_to_drain(self):
-        echo, (service, workers) = self.echo(), self.start_workers("--drain", str(2 * PATIENCE))
+        echo, (service, workers) = self.echo(), self.start_workers(
+            "--drain", str(2 * PATIENCE), before=(
+                "def waitpid(*args, others=[1], real=os.waitpid):\n"  # a child that is no worker
+                "    return (others.pop(), 0) if others else real(*args)\n"
+                "os.waitpid = waitpid\n"))
         client, target = self.tunnel(service.port)
         for worker in workers:
             for number in signal.SIGTERM, signal.SIGINT:  # for the parent only
@@ -3510,7 +3518,8 @@ class WorkersTest(ServiceTestCase):
         target.close()
         wait_until(lambda: self.replaced(service, workers))
         self.check_echo(others[0], echo)
-        self.assertNotIn("Shutting down", service.text())
+        for said in "Shutting down", "service failed":
+            self.assertNotIn(said, service.text())
 
     def test_worker_that_is_told_to_drain_before_it_has_begun(self):
         service, _ = self.start_workers(before=(
@@ -3674,6 +3683,18 @@ class SignalsTest(ServiceTestCase):
             said, end = read_all(client)
             self.assertEqual((said[:4] + said[-4:], end), (b"\5\0\5\0ping", "end"))
         self.assertEqual(service.end(), 0)
+
+    @LINUX_ONLY
+    def test_queue_that_is_empty_at_a_stop_takes_nobody(self):
+        service = self.service(before=(
+            "socks5.Socks5Server.handle_timeout = lambda server: (\n"
+            "    print('empty', flush=True), socks5.time.sleep(%d))\n") % PATIENCE)
+        service.process.terminate()
+        service.wait_for("empty")
+        with socket.socket() as sock, self.assertRaises(socket.timeout):
+            sock.settimeout(0.2)
+            sock.connect(("127.0.0.1", service.port))
+        self.assertEqual(service.end(signal.SIGTERM), 0)
 
     @in_each_mode
     def test_reload_and_report_in_mid_traffic(self, workers):
