@@ -53,7 +53,7 @@ Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a
 happens when ...
 
     a side closes, or resets         Relay.pass_on_end, Relay.break_off
-    a client or target is silent     Socks5RequestHandler.check_deadline
+    client, target, resolver silent  Socks5RequestHandler.check_deadline
     a name has to be looked up       Socks5RequestHandler.permitted
     a login fails                    Socks5RequestHandler.log_in
     a balancer connects              Socks5RequestHandler.read_balancer_header
@@ -61,7 +61,8 @@ happens when ...
     a datagram comes                 Association.relay_up, Association.relay_down
     descriptors are used up          Socks5Server.get_request
     a limit is reached               Socks5Server.has_room_for, Socks5Server.admit_user
-    a signal comes                   Service.obey, Workers.obey
+    a signal comes                   Service, Workers
+    the settings are read again      Service.reload
 
 To change what the server does, override the hooks of `Socks5RequestHandler`: `select_method`,
 `authenticate`, `authorize`, `connect`, `do_CONNECT`, `do_BIND`, `do_UDP_ASSOCIATE` and
@@ -425,10 +426,10 @@ def parse_ip(host: str) -> Any:
 
 
 def encode_name(host: str) -> bytes:
-    """Return the name `host` for the resolver, in lower case; OSError if it is none.
+    """Return `host` in lower case, for the resolver. Raises OSError if it is no name.
 
-    Up to CPython 3.11, a string ends at its NUL: the resolver would take ``localhost\\0.example``
-    for localhost, and a rule would not. Names in other scripts come as ``xn--...``.
+    CPython up to 3.11 cuts a string at a NUL: it would resolve ``localhost\\0.example`` as
+    localhost, past the rules. Names in other scripts come as ``xn--...``.
     """
     if not NAME.fullmatch(host):
         raise OSError(errno.EHOSTUNREACH, "invalid name")
@@ -596,10 +597,10 @@ class Settings:
     PROXY header. `commands`: the commands to serve. `max_sessions`, `max_per_client`,
     `max_per_user`: how many at a time, of all clients and of each one; None for no limit.
 
-    Seconds: `connect_timeout` to resolve and reach a target, `handshake_timeout` from accepting
-    a client to its complete request, `idle_timeout` without data in either direction (None for
-    no limit), `linger` without data once one side has closed, `bind_timeout` for BIND to wait
-    for a connection, `udp_timeout` without datagrams.
+    Seconds: `connect_timeout` to resolve and reach a destination, `handshake_timeout` from
+    accepting a client to its complete request, `idle_timeout` without data in either direction
+    (None for no limit), `linger` without data once one side has closed, `bind_timeout` for BIND to
+    wait for a connection, `udp_timeout` without datagrams.
 
     `udp_ports`: ports to which clients send datagrams; 0 for a free one. `udp_advertise`: the
     address to which they send them, if it is not the one where they connected. `source`: the
@@ -985,7 +986,7 @@ class Relay:
         flow.current = flow.source
 
     def pass_on_end(self, flow: Flow) -> None:
-        """Half-close the sink. The other flow goes on, but not for long: see `check_deadline`.
+        """Half-close the sink. The other flow goes on until it ends, too, or `linger` runs out.
 
         Raises OSError if the source was reset.
         """
@@ -1005,7 +1006,7 @@ class Relay:
     def break_off(self, flow: Flow, error: Exception) -> None:
         """Note why the relay breaks, and wake the other flow, which sends what it has received.
 
-        Then both sockets are closed with a reset: so the reset of one side reaches the other.
+        `finish` then closes both sockets with a reset, so the other side gets one, too.
         """
         if isinstance(error, OSError):
             side = "client" if flow.current is self.up.source else "target"
@@ -1037,9 +1038,9 @@ class Relay:
 
 # ---- associations: datagrams, as long as the control connection stays --------------------
 #
-# A stranger's datagrams change nothing: the client is known by its host and port, and answers
-# pass only from hosts to which it has sent something. One thread serves all three sockets. Names
-# are looked up in other threads, so that they do not keep other datagrams waiting.
+# Datagrams of strangers are dropped: the client's must come from its host and port, and answers
+# from hosts to which it has sent something. One thread serves all three sockets. Names are looked
+# up in other threads: while a resolver hangs, only the datagrams to that name wait.
 
 LOOK_UPS = 8         # names of one association that are looked up at the same time
 MOST_WAITING = 256   # datagrams of one association that wait for a look-up
@@ -1048,7 +1049,7 @@ ROUTE_TIME = 60.0    # seconds after which a destination is looked up and judged
 DATAGRAM_OPTIONS = existing(  # room for bursts; the system caps it
     (socket.SOL_SOCKET, "SO_RCVBUF", 1 << 22), (socket.SOL_SOCKET, "SO_SNDBUF", 1 << 22))
 
-Route = Tuple[List[Any], float]  # the sockaddrs to try, none if it is refused; valid until when
+Route = Tuple[List[Any], float]  # the sockaddrs to try (none: refused), and when it expires
 NO_ROUTE: Route = ([], 0.0)
 
 
@@ -1072,7 +1073,7 @@ def open_outside(source: Optional[str]) -> socket.socket:
 class Association:
     """Datagrams between a client, at the socket `inside`, and its targets, at `outside`.
 
-    `client` is the client's address; if its port is 0, the first datagram tells. `find_routes`
+    `client` is the client's address; if its port is 0, the first datagram sets it. `find_routes`
     returns the sockaddrs to try for a destination, or raises, perhaps in several threads at once.
     The rest is the interface of `Relay`.
     """
@@ -1374,14 +1375,14 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         return self.carry_out(request)
 
     def finish(self) -> None:
-        """Close the sockets and log the session. It counts until its look-ups have come back.
+        """Close the session's sockets, and log it. It counts in the limits until its look-ups end.
 
-        A session's sockets are closed here only. Another thread that ends a session, in `hang_up`,
-        wakes the session's threads.
+        Another thread never closes them: `hang_up` wakes the session's threads. Other sockets are
+        closed where they were opened, and a rejected client by `shutdown_request`.
         """
         try:
             # A close() with unread bytes of the client would send a reset, which can destroy the
-            # answer to a refused client: it gets time to read. `hang_up` starts another phase.
+            # answer to a refused client: so wait for it to close. `hang_up` ends the wait.
             while self.phase.name == "refusal" and self.rfile.read1(SMALL_BUFFER):
                 pass
             self.set_end("error")  # nothing else was set: an exception has ended the session
@@ -1410,7 +1411,11 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             self.is_probe = not (self.read_balancer_header() and self.rfile.peek(1))
 
     def read_balancer_header(self) -> bool:
-        """Learn from a balancer's header who the client is; return False for a health check."""
+        """Learn from a balancer's header who the client is; return False for a health check.
+
+        Rules, limits, `verify_request` and the log are then about this client, not the balancer. It
+        is local only if the balancer is: loopback on another host is not loopback here.
+        """
         is_local_balancer = is_loopback(self.client.host)
         client = read_proxy_header(self.rfile)
         self.debug("balancer", header=client or "health check")
@@ -1420,14 +1425,14 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         else:
             self.client_address = tuple(client)
             self.client = self.client_name = client
-            if is_local_balancer:  # loopback on another host is not loopback here
+            if is_local_balancer:
                 self.rules = self.settings.rules_for(self.client.host)
         if not self.server.admit_client(self.connection, client):
             raise ProtocolError("rejected")
         return client is not None
 
     def negotiate(self) -> None:
-        """Agree on a method (section 3), and let the client log in if it is that one."""
+        """Agree on a method (section 3). If it needs a password, let the client log in."""
         offered = read_methods(self.rfile)
         method = self.select_method(offered)
         self.debug("methods", offered=offered, chosen=bytes([method]))
@@ -1534,7 +1539,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         bound = Address.of(target.getsockname())
         with contextlib.suppress(OSError):  # it may be gone already
             self.reached = Address.of(target.getpeername())
-        if self.reached == bound and bound.port:  # the kernel chose the target's port for both ends
+        if self.reached == bound and bound.port:  # the socket has connected to itself
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         self.relay_to(target, bound)
 
@@ -1605,8 +1610,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def do_UDP_ASSOCIATE(self, destination: Address) -> None:
         """Relay datagrams (section 7).
 
-        `destination` tells the port of the client's datagrams, if its host is the client's or none.
-        Otherwise, and for port 0, the first datagram tells.
+        Datagrams come from the port of `destination` if its host is the client's or unspecified.
+        Otherwise, and for port 0, the first datagram sets the port.
         """
         settings, here = self.settings, self.connection.getsockname()
         if self.is_proxied:  # clients cannot reach the address to which the balancer connected
@@ -1687,7 +1692,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         return next(rule for rule in self.rules if rule.matches(self.user, name, ip, port))
 
     def find_routes(self, destination: Address) -> List[Any]:
-        """Return the sockaddrs to send to, IPv4 first: nothing tells whether somebody answers."""
+        """Return the sockaddrs to send to, IPv4 first: UDP does not show which one answers."""
         if not self.authorize(destination):
             raise RequestError(Reply.NOT_ALLOWED)
         routes = [candidate[1] for candidate in self.permitted(destination, NEVER)]
@@ -1713,8 +1718,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def check_deadline(self, now: float) -> None:
         """End a phase that has lasted too long. A relay's progress starts it anew.
 
-        A client that is silent is hung up on. If the resolver or a target is silent, the client is
-        answered; the session's own thread comes back when the resolver does.
+        Hang up on a client that is silent. If the resolver or a target is silent, answer the client
+        with reply 6. The session counts in the limits until the resolver returns, which has no
+        timeout, and `server_close` waits for it.
         """
         if self.relay and self.phase.name != "closing":
             progress = self.relay.end, self.counts
@@ -1731,7 +1737,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             self.hang_up(self.phase.name + "-timeout")
 
     def hang_up(self, end: str) -> None:
-        """Wake the session's threads, which end it. Repeat it: a hook may open another socket."""
+        """End the session by waking its threads. Call it again: a hook may open another socket."""
         self.set_end(end)
         self.start_phase("closing", NEVER)
         self.reader.is_over = True
@@ -1803,7 +1809,7 @@ class Connection:
     def __init__(self, settings: Settings, is_balancer: bool) -> None:
         self.settings = settings  # at the time of accepting; valid for the whole session
         self.is_balancer = is_balancer  # one that has not sent its header yet
-        self.owners: List[Any] = []  # whose limits it counts for: a client's and a user's
+        self.owners: List[Any] = []  # the limits in which it counts: of a client and of a user
 
 
 class Socks5Server(socketserver.ThreadingTCPServer):
@@ -1822,7 +1828,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     Besides what ``socketserver`` documents, `drain`, `report` and `running` are there to be
     called. Other methods and attributes may change.
 
-    For thousands of sessions, do first what `prepare_process` does and this class leaves to you.
+    For thousands of sessions, first do what `prepare_process` does; this class does not.
     """
 
     allow_reuse_address = os.name == "posix"  # elsewhere it lets others take the port
@@ -1925,7 +1931,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a client. Raises OSError if there is none.
 
-        If descriptors are used up, log that, pause, and raise OSError: clients wait in the queue.
+        If descriptors are used up, log that, pause, and raise OSError: clients wait in the queue. A
+        session that cannot open a socket answers with reply 1.
         """
         try:
             if len(self.connections) >= self.session_limit:
@@ -1960,7 +1967,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
 
     def verify_safely(self, verify_request: Callable[[Any, Any], bool], request: Any,
                       client_address: Any) -> bool:
-        """Call `verify_request`: an exception in it costs its client and no more."""
+        """Call `verify_request`. If it raises, reject this client only."""
         try:
             return verify_request(request, client_address)
         except Exception:
@@ -2163,7 +2170,7 @@ def inherited_socket() -> Optional[socket.socket]:
     if process != str(os.getpid()):
         return None
     if count != "1":
-        raise ValueError(f"systemd passed {count or 'no'} sockets, and not 1")
+        raise ValueError(f"systemd passed {count or 'no'} sockets, expected 1")
     sock = socket.socket(fileno=3)
     if (not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             or isinstance(sock.getsockname(), bytes)):
@@ -2177,7 +2184,7 @@ def inherited_socket() -> Optional[socket.socket]:
 TICK = 0.1           # seconds between two looks at signals, deadlines and workers
 RESTART_PAUSE = 1.0  # seconds before a worker that has died is replaced
 HANG_UP_TIME = 1.0   # seconds for sessions to end once the drain is over
-LAST_RESORT = 2.0    # seconds after the drain at which workers that are left are killed
+LAST_RESORT = 2.0    # seconds after the drain until workers that are stuck are killed
 SIGHUP, SIGUSR1, SIGUSR2 = [getattr(signal, "SIG" + name, None) for name in ("HUP", "USR1", "USR2")]
 STOP_SIGNALS: Set[Any] = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", None)} - {None}
 OTHER_SIGNALS: Set[Any] = {SIGHUP, SIGUSR1, SIGUSR2} - {None}  # each system lacks some
@@ -2192,7 +2199,7 @@ def usable_cpus() -> List[int]:
 def stay_on_one_cpu(number: int) -> None:
     """Run this process on one CPU, chosen by `number`, and without preempting itself."""
     # Only one thread at a time has the interpreter: on other CPUs, threads would wake in vain. On
-    # the same CPU, SCHED_BATCH keeps a thread that a packet wakes from preempting that one.
+    # one CPU, SCHED_BATCH stops a thread that a packet wakes from preempting it.
     has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     if has_gil and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # it is an optimisation
@@ -2215,12 +2222,12 @@ class Service:
     """A process that serves until signals stop it.
 
     The first SIGTERM or SIGINT drains: the process ends when no session is left, or after
-    `drain_seconds`. The second one ends the sessions at once. SIGHUP reads the settings again.
+    `drain_seconds`. The second one resets the sessions at once. SIGHUP reads the settings again.
     SIGUSR1 logs the live sessions and totals.
     """
 
     parent = 0  # process ID, in a worker
-    end_at = NEVER  # when sessions that are left are ended
+    end_at = NEVER  # when to end the sessions that are left
 
     def __init__(self, server: Socks5Server, signals: Deque[int], drain_seconds: float,
                  read_settings: Callable[[], Settings]) -> None:
@@ -2259,7 +2266,11 @@ class Service:
             self.stop()
 
     def reload(self) -> bool:
-        """Read the settings for new sessions; return False if they are invalid, and change none."""
+        """Read the settings for new sessions. If they are invalid, keep all, and return False.
+
+        Live sessions keep theirs. The address, the port, `--mode`, `--workers`, `--drain`, `-q` and
+        `-v` stay.
+        """
         interval = sys.getswitchinterval()
         sys.setswitchinterval(0.005)  # parsing many rules must not stop the sessions
         try:
@@ -2419,7 +2430,8 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
         help="allow RULE, [USER@]HOST[:PORT[-PORT]]; the first --allow or --deny that matches "
         "decides, and with any --allow, the rest is denied")
     add("--deny", metavar="RULE", dest="rules", action="append", type="deny {}".format,
-        help="deny RULE")
+        help="deny RULE; after all rules, link-local addresses are denied, and to clients on other "
+        "hosts, the loopback addresses of this host")
     add("--commands", metavar="LIST", type=lambda text: text.split(","),
         help="SOCKS commands to serve (default: %s)" % ",".join(COMMANDS))
     add("--source", metavar="ADDRESS",
@@ -2477,7 +2489,7 @@ def make_parser() -> Parser:
 
 
 def check_rule(rule: Rule, users: Optional[Mapping[str, str]], is_path: bool) -> None:
-    """Warn of what may be a mistake. Raises ValueError if nobody can tell the user of `rule`."""
+    """Warn of a likely mistake. Raises ValueError if this system cannot tell the user of `rule`."""
     host = rule.text.partition(":")[2].rpartition("@")[2]
     address, _, port = host.rpartition(":")
     if port.isdecimal() and ":" in address and parse_ip(address) is not None:
@@ -2605,7 +2617,7 @@ def serve(server: Socks5Server, args: argparse.Namespace, read: Callable[[], Set
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Run the command, and end the process. Its signal handlers, limits and log are taken over."""
+    """Run the command, and end the process. Replaces its signal handlers, limits and log."""
     for number in OTHER_SIGNALS:  # until the service obeys them
         signal.signal(number, signal.SIG_IGN)
     parser, arguments = make_parser(), sys.argv[1:] if argv is None else argv

@@ -2925,7 +2925,7 @@ class SystemdTest(DoorTestCase):
 
         path = os.path.join(self.folder(), "s")
         tcp, lacks = self.listen(), "descriptor 3 does not listen on an address or a path"
-        rows = [(tcp, ["--open"], {"LISTEN_FDS": "2"}, "systemd passed 2 sockets, and not 1"),
+        rows = [(tcp, ["--open"], {"LISTEN_FDS": "2"}, "systemd passed 2 sockets, expected 1"),
                 (tcp, [], {"LISTEN_FDS": ""}, "systemd passed no sockets"),
                 (self.datagrams(), [], {}, "error: "),
                 (bound(socket.AF_INET, ("127.0.0.1", 0), 0), [], {}, lacks),
