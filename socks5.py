@@ -656,8 +656,6 @@ DEFAULTS: Dict[str, Any] = dict(Settings.__init__.__kwdefaults__ or {})
 
 # ---- threads: used again for the next job ------------------------------------------------
 
-TaskQueue: Any = getattr(queue, "SimpleQueue", queue.Queue)  # SimpleQueue is new in 3.7
-
 
 class NoThreadError(OSError):
     """No thread could be started."""
@@ -677,6 +675,7 @@ class ThreadCache:
     """Threads that are used again: starting one costs more than the rest of a short session."""
 
     most_idle = 256  # threads that wait for another job; the others end
+    make_queue: Any = getattr(queue, "SimpleQueue", queue.Queue)  # SimpleQueue is new in 3.7
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -690,7 +689,7 @@ class ThreadCache:
         with self.lock:
             jobs = self.idle.pop() if self.idle else None
         if jobs is None:
-            jobs = TaskQueue()  # a Thread would keep its arguments, and with them a session
+            jobs = self.make_queue()  # a Thread would keep its arguments, and with them a session
             start_thread(self.work, jobs)
         jobs.put((function, args, done))
         return done
@@ -752,6 +751,15 @@ def interleave(candidates: List[Candidate]) -> List[Candidate]:
     return [candidate for turn in turns for candidate in turn if candidate]
 
 
+def set_options(sock: socket.socket, options: List[Tuple[int, int, Any]]) -> None:
+    """Set `options`, until the system refuses one."""
+    try:
+        for option in options:
+            sock.setsockopt(*option)
+    except OSError:
+        pass
+
+
 def start_attempt(candidate: Candidate, source: Optional[str],
                   seconds: float) -> Tuple[socket.socket, bool]:
     """Return a socket, and True if it has connected within `seconds`. Raises OSError."""
@@ -761,7 +769,7 @@ def start_attempt(candidate: Candidate, source: Optional[str],
             if (sock.family == socket.AF_INET6) != (":" in source):
                 raise OSError(errno.ENETUNREACH, "not of the family of the source address")
             if IS_LINUX:  # IP_BIND_ADDRESS_NO_PORT: `connect` chooses a port, which targets share
-                sock.setsockopt(socket.IPPROTO_IP, 24, 1)
+                set_options(sock, [(socket.IPPROTO_IP, 24, 1)])
             sock.bind((source, 0))
         sock.settimeout(seconds)
         sock.connect(candidate[1])
@@ -848,15 +856,6 @@ def existing(*options: Tuple[int, str, Any]) -> List[Tuple[int, int, Any]]:
 def seconds_option(name: str, seconds: float) -> List[Tuple[int, int, Any]]:
     value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     return existing((socket.SOL_SOCKET, name, value))
-
-
-def set_options(sock: socket.socket, options: List[Tuple[int, int, Any]]) -> None:
-    """Set `options`, until the system refuses one."""
-    try:
-        for option in options:
-            sock.setsockopt(*option)
-    except OSError:
-        pass
 
 
 TCP_OPTIONS = existing(  # small pieces are sent at once, urgent bytes stay in line, and an idle
@@ -1050,7 +1049,6 @@ DATAGRAM_OPTIONS = existing(  # room for bursts; the system caps it
     (socket.SOL_SOCKET, "SO_RCVBUF", 1 << 22), (socket.SOL_SOCKET, "SO_SNDBUF", 1 << 22))
 
 Route = Tuple[List[Any], float]  # the sockaddrs to try (none: refused), and when it expires
-NO_ROUTE: Route = ([], 0.0)
 
 
 def open_outside(source: Optional[str]) -> socket.socket:
@@ -1079,6 +1077,7 @@ class Association:
     """
 
     phase = "udp"
+    no_route: Route = ([], 0.0)
 
     def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
                  client: Address, find_routes: Callable[[Address], List[Any]]) -> None:
@@ -1150,7 +1149,7 @@ class Association:
         if datagram.fragment or port != (self.client.port or port):
             raise OSError("a fragment, or not of the client's port")
         self.client, self.client_sockaddr = Address(host, port), source
-        if time.monotonic() < self.routes.get(datagram.address, NO_ROUTE)[1]:
+        if time.monotonic() < self.routes.get(datagram.address, self.no_route)[1]:
             self.send(datagram)
         elif parse_ip(datagram.address.host) is None:
             self.send_to_name(datagram)
@@ -1161,7 +1160,7 @@ class Association:
     def find(self, destination: Address) -> Route:
         """Find out where datagrams to `destination` go. Raises OSError."""
         try:
-            sockaddrs = self.find_routes(destination)
+            sockaddrs = self.find_routes(destination)[:MOST_ATTEMPTS]
         except RequestError:
             sockaddrs = []
         if self.outside.family == socket.AF_INET:
@@ -1180,7 +1179,7 @@ class Association:
 
     def send(self, datagram: Datagram) -> None:
         """Send to the first address of its route that takes it. Raises OSError if none does."""
-        sockaddrs = self.routes.get(datagram.address, NO_ROUTE)[0]
+        sockaddrs = self.routes.get(datagram.address, self.no_route)[0]
         for sockaddr in sockaddrs:
             try:
                 with self.lock:
@@ -1201,7 +1200,7 @@ class Association:
         with self.lock:
             if destination not in self.look_ups and len(self.look_ups) < LOOK_UPS and not self.end:
                 self.look_ups[destination] = self.threads.start(self.look_up, destination)
-            if self.routes.get(destination, NO_ROUTE)[0]:
+            if self.routes.get(destination, self.no_route)[0]:
                 return self.send(datagram)
             if len(self.waiting) == MOST_WAITING:
                 self.waiting.popleft()
@@ -1489,6 +1488,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             is_udp = self.command == "UDP_ASSOCIATE"  # each datagram has a destination
             if not is_udp and not self.authorize(request.destination):
                 raise RequestError(Reply.NOT_ALLOWED)
+            if self.end:  # the hook took too long, and the server has answered
+                raise socket.timeout("timed out")
             getattr(self, "do_" + self.command)(request.destination)
         except (RequestError, OSError) as error:
             self.refuse_request(error, "refused")
@@ -1591,7 +1592,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
                 target, sockaddr = listener.accept()
                 peer = Address.of(sockaddr)
                 rule = self.deciding_rule(b"", parse_ip(peer.host), peer.port)
-                if peer.host in hosts or rule.allows and not hosts:
+                if not self.end and (peer.host in hosts or rule.allows and not hosts):
                     self.reached = peer
                     return target
                 target.close()
@@ -1692,11 +1693,15 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         return next(rule for rule in self.rules if rule.matches(self.user, name, ip, port))
 
     def find_routes(self, destination: Address) -> List[Any]:
-        """Return the sockaddrs to send to, IPv4 first: UDP does not show which one answers."""
+        """Return the sockaddrs to send to, IPv4 first: UDP does not show which one answers.
+
+        If the datagrams are sent from an IPv6 address, IPv6 comes first.
+        """
         if not self.authorize(destination):
             raise RequestError(Reply.NOT_ALLOWED)
         routes = [candidate[1] for candidate in self.permitted(destination, NEVER)]
-        return sorted(routes, key=lambda route: ":" in route[0])
+        source = self.settings.source or ""
+        return sorted(routes, key=lambda route: (":" in route[0]) != (":" in source))
 
     # -- deadlines and the end
 
@@ -1777,11 +1782,8 @@ EXHAUSTION_PAUSE = 0.1   # seconds before accepting is tried again
 WARNING_INTERVAL = 1.0   # seconds between two warnings of a kind
 ACCEPT_TIMEOUT = 0.2     # seconds for which accept() waits before `is_accepting` is checked
 NO_TIMEOUT = seconds_option("SO_RCVTIMEO", 0) if IS_LINUX else []  # an accepted socket inherits it
-LISTENER_OPTIONS = TCP_OPTIONS + (
-    seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else [])
-DROP_SYNS = b"".join(struct.pack("HBBI", *instruction) for instruction in (  # a filter for Linux:
-    (0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 1, 0, 0x02),  # of the TCP flags, SYN and not ACK?
-    (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)))                # then drop the packet
+LISTENER_OPTIONS = (  # a Unix socket takes the first one only
+    seconds_option("SO_RCVTIMEO", ACCEPT_TIMEOUT) if IS_LINUX else []) + TCP_OPTIONS
 
 
 def session_limit() -> float:
@@ -1924,8 +1926,10 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         Its system tries again in a second; by then, the next server may listen.
         """
         if IS_LINUX and not self.is_inherited:
-            program = array.array("B", DROP_SYNS)
-            option = struct.pack("HP", 5, program.buffer_info()[0])
+            steps = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 1, 0, 0x02),  # SYN without ACK?
+                     (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0))  # then drop the packet
+            program = array.array("B", b"".join(struct.pack("HBBI", *step) for step in steps))
+            option = struct.pack("HP", len(steps), program.buffer_info()[0])
             set_options(self.socket, [(socket.SOL_SOCKET, 26, option)])  # SO_ATTACH_FILTER
 
     def get_request(self) -> Tuple[socket.socket, Any]:

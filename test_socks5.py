@@ -1044,6 +1044,9 @@ class DialTest(TestCase):
                 self.assertEqual(self.client(server).greet().ask(port, host), Reply.SUCCEEDED)
                 self.assertEqual(self.own(listener.accept()[0]).getpeername()[0], "127.0.0.2")
         self.assertEqual(bound, [("127.0.0.2", 0)] * 2)  # IP_BIND_ADDRESS_NO_PORT
+        with failing(socket.socket, "setsockopt", [OSError(errno.ENOPROTOOPT, "")],
+                     lambda sock, level, name, *_: (level, name) == (socket.IPPROTO_IP, 24)):
+            self.assertEqual(self.client(server).greet().ask(port), Reply.SUCCEEDED)
         for source, address in (("127.0.0.2", "04" + "00" * 15 + "01"), ("::1", "01 7f 00 00 01")):
             client = self.client(self.serve(source=source)).greet()
             client.say("05 01 00" + address + "00 09")
@@ -1600,7 +1603,7 @@ class AssociationTest(SweepTestCase):
     def test_addresses_of_a_name(self):
         four, six = self.datagrams(), has_ipv6() and self.datagrams("::1")
         here = four.getsockname()
-        rows = [("the next if one fails", four, [NO_ROUTE] * 9 + [here], {})]
+        rows = [("the next if one fails", four, [NO_ROUTE, here], {})]
         if six:
             rows += [("IPv4 first", four, [six.getsockname(), here], {}),
                      ("IPv6 if there is no other", six, [six.getsockname()], {}),
@@ -1610,7 +1613,7 @@ class AssociationTest(SweepTestCase):
             server = self.serve(**settings)
             _, client = self.associate(server)
             with self.subTest(name):
-                with resolver(*[NO_ROUTE] * 4):  # none is remembered
+                with resolver(*[NO_ROUTE] * 4, here):  # only four are tried, and none remembered
                     client.send(self.named(b"x", b"lost"))
                     self.wait_for_dropped(server, 1)
                 for _ in range(3):  # the first of them has to be looked up
@@ -1889,6 +1892,13 @@ class BindTest(SweepTestCase):
                 self.assertEqual(self.session_line(lines)["end"], end)
                 with self.assertRaises(ConnectionRefusedError):
                     self.peer(where, "127.0.0.2")  # not from `where` itself
+
+    def test_peer_that_comes_after_the_deadline(self):
+        with mock.patch.multiple(socks5, BIND_INTERVAL=PATIENCE, REFUSAL_TIMEOUT=2 * PATIENCE):
+            client = self.client(self.serve(bind_timeout=0.05)).greet()
+            where = client.bind_for(LOOPBACK_IPV4)
+            client.hear("05 06" + REFUSED)
+            self.assertEqual(read_all(self.peer(where)), (b"", "end"))
 
     def test_commands_that_are_served(self):
         for commands, replies in [("connect", "77"), ("connect,udp", "70"), ("bind", "07")]:
@@ -2270,7 +2280,7 @@ class DeadlineTest(SweepTestCase):
                 self.assertGreaterEqual(float(line["seconds"]), 0.15)
 
     def test_hook_that_comes_back_too_late_changes_nothing(self):
-        (ours, theirs), early = self.pair(), {"handshake_timeout": 0.05}
+        (ours, theirs), early, listener = self.pair(), {"handshake_timeout": 0.05}, self.listen()
         for hook, late in itertools.product(("authorize", "connect"), (
                 mock.Mock(side_effect=ConnectionRefusedError), mock.Mock(return_value=ours),
                 mock.Mock(side_effect=ZeroDivisionError))):
@@ -2279,7 +2289,7 @@ class DeadlineTest(SweepTestCase):
                 server = self.serve(hooked(**{hook: lambda *_, late=late, may_go_on=may_go_on: (
                     may_go_on.wait(PATIENCE) and late())}), connect_timeout=0.1, **early)
                 client = self.client(server).greet()
-                self.assertEqual(client.ask(80), Reply.TTL_EXPIRED)
+                self.assertEqual(client.ask(listener.getsockname()[1]), Reply.TTL_EXPIRED)
                 self.assertEqual(read_all(client), (b"", "end"))
                 may_go_on.set()
                 client.close()
@@ -2288,6 +2298,9 @@ class DeadlineTest(SweepTestCase):
                 self.assertEqual((line["reply"], line["error"], line["end"]),
                                  ("TTL_EXPIRED", "timed_out", "refused"))
         self.assertEqual(read_all(theirs)[0], b"")
+        listener.setblocking(False)
+        with self.assertRaises(BlockingIOError):  # no dial came after the answer
+            listener.accept()
 
     def test_failed_login_costs_a_pause(self):
         self.assertEqual(LOGIN_PAUSE, 1.0)
@@ -2845,6 +2858,10 @@ class PathTest(DoorTestCase):
             self.assertEqual((client.ask(9, command="02"), other.ask(9, command="03")), (7, 7))
         process.terminate()
         self.assertIn("client=unix:" + ME, process.communicate(timeout=PATIENCE)[1])
+        process = self.start("socks5.py", "-b", path, "--drain", str(2 * PATIENCE))
+        process.stdout.readline()
+        process.terminate()  # it waits for no client
+        process.communicate(timeout=PATIENCE)
 
     def test_what_stands_at_the_path(self):
         folder = self.folder()
