@@ -453,7 +453,7 @@ def is_loopback(host: str) -> bool:
 
 
 def covers(networks: List[Any], host: str) -> bool:
-    ip = parse_ip(host)
+    ip = parse_ip(host) if networks else None
     return ip is not None and any(ip in network for network in networks)
 
 
@@ -2040,7 +2040,8 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     def session_ended(self, session: Socks5RequestHandler) -> None:
         with self.lock:
             self.sessions.discard(session)
-            self.totals.update({"sessions": 1, **session.counts, session.end: 1})
+            for name, count in {"sessions": 1, **session.counts, session.end: 1}.items():
+                self.totals[name] += count
 
     def service_actions(self) -> None:
         """Check the deadlines; ``serve_forever`` calls it often. Never raise."""
