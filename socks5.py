@@ -53,16 +53,16 @@ Start reading at `Socks5RequestHandler.handle`: it is the table of contents of a
 happens when ...
 
     a side closes, or resets         Relay.pass_on_end, Relay.break_off
-    client, target, resolver silent  Socks5RequestHandler.check_deadline
-    a name has to be looked up       Socks5RequestHandler.permitted
-    a login fails                    Socks5RequestHandler.log_in
-    a balancer connects              Socks5RequestHandler.read_balancer_header
-    a session ends; sockets close    Socks5RequestHandler.finish
+    client, target, resolver silent  check_deadline
+    a name has to be looked up       permitted
+    a login fails                    log_in
+    a balancer connects              read_balancer_header
+    a session ends; sockets close    finish
     a datagram comes                 Association.relay_up, Association.relay_down
-    descriptors are used up          Socks5Server.get_request
-    a limit is reached               Socks5Server.has_room_for, Socks5Server.admit_user
+    descriptors are used up          get_request
+    a limit is reached               has_room_for, admit_user
     a signal comes                   Service, Workers
-    the settings are read again      Service.reload
+    the settings are read again      reload
 
 To change what the server does, override the hooks of `Socks5RequestHandler`: `select_method`,
 `authenticate`, `authorize`, `connect`, `do_CONNECT`, `do_BIND`, `do_UDP_ASSOCIATE` and
@@ -804,7 +804,7 @@ def dial(candidates: List[Candidate], deadline: float, source: Optional[str],
         sock.close()
     try:
         while (waiting or pending) and time.monotonic() < deadline and not closing.is_set():
-            is_first = not pending  # it waits in connect(): a selector would cost more
+            is_first = not pending  # alone, it waits in connect(): a selector costs more
             seconds = max(0.001, min(ATTEMPT_DELAY, deadline - time.monotonic()))
             if waiting:
                 candidate = waiting.pop(0)
@@ -991,7 +991,7 @@ class Relay:
         """
         # The kernel reports a reset once, perhaps to the other thread, and this one sees an end of
         # file. After a reset, getpeername() fails. It also fails after two clean ends, so the
-        # failure counts only while the other flow runs.
+        # failure counts only if no clean end came before.
         try:
             flow.source.getpeername()
         except OSError:
@@ -1038,8 +1038,9 @@ class Relay:
 # ---- associations: datagrams, as long as the control connection stays --------------------
 #
 # Datagrams of strangers are dropped: the client's must come from its host and port, and answers
-# from hosts to which it has sent something. One thread serves all three sockets. Names are looked
-# up in other threads: while a resolver hangs, only the datagrams to that name wait.
+# from hosts to which it has sent something. They are not logged, and counted only if they come from
+# another port of the client's host. One thread serves all three sockets. Names are looked up in
+# other threads: while a resolver hangs, only datagrams to new names wait.
 
 LOOK_UPS = 8         # names of one association that are looked up at the same time
 MOST_WAITING = 256   # datagrams of one association that wait for a look-up
@@ -1073,20 +1074,21 @@ class Association:
 
     `client` is the client's address; if its port is 0, the first datagram sets it. `find_routes`
     returns the sockaddrs to try for a destination, or raises, perhaps in several threads at once.
-    The rest is the interface of `Relay`.
+    Hold `lock`, an RLock, to close the sockets. The rest is the interface of `Relay`.
     """
 
     phase = "udp"
     no_route: Route = ([], 0.0)
 
-    def __init__(self, control: socket.socket, inside: socket.socket, outside: socket.socket,
-                 client: Address, find_routes: Callable[[Address], List[Any]]) -> None:
+    def __init__(self, lock: Any, control: socket.socket, inside: socket.socket,
+                 outside: socket.socket, client: Address,
+                 find_routes: Callable[[Address], List[Any]]) -> None:
         self.control, self.inside, self.outside = control, inside, outside
         for sock in (inside, outside):
             set_options(sock, DATAGRAM_OPTIONS)
         self.client, self.find_routes = client, find_routes
         self.client_sockaddr: Any = None
-        self.lock = threading.RLock()  # for what follows
+        self.lock = lock  # for what follows
         self.counts = {"up": 0, "down": 0, "datagrams_up": 0, "datagrams_down": 0, "dropped": 0}
         self.routes: "collections.OrderedDict[Address, Route]" = collections.OrderedDict()
         self.hosts: "collections.OrderedDict[str, None]" = collections.OrderedDict()
@@ -1188,8 +1190,9 @@ class Association:
                     self.counts["up"] += len(datagram.data)
                     self.counts["datagrams_up"] += 1
                     return
-            except OSError:
-                continue
+            except OSError as error:
+                if isinstance(error, BlockingIOError) or error.errno == errno.EMSGSIZE:
+                    raise  # a full buffer, or too large: no other address would help
         if sockaddrs:
             self.routes.pop(datagram.address, None)
         raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
@@ -1237,7 +1240,7 @@ class Association:
 
     def wait_for_look_ups(self) -> None:
         """Wait for the look-ups that are under way: the system's resolver knows no deadline."""
-        self.stop("error")  # unless `run` has ended by itself: then there is an end
+        self.stop("error")  # no effect if `run` has set an end
         with self.lock:
             look_ups = list(self.look_ups.values())
         for look_up_ended in look_ups:
@@ -1307,8 +1310,8 @@ class Phase(NamedTuple):
     """What a session does, since when and until when (monotonic clock).
 
     CONNECT: handshake, connect, idle; linger, once one side has closed. BIND: handshake, connect,
-    bind, idle, linger. UDP ASSOCIATE: handshake, udp. A refused client: refusal, instead of the
-    next one. After `hang_up`: closing.
+    bind, idle, linger. UDP ASSOCIATE: handshake, connect, udp. Once refused: refusal, and no other.
+    After `hang_up`: closing.
     """
     name: str
     since: float
@@ -1326,8 +1329,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
 
     In `authorize`, `connect` and `do_*`, a RequestError is answered with its reply, and an OSError
     by its errno. Any other exception is logged, and ends this session only. For UDP ASSOCIATE,
-    `authorize` is called for each new destination of a datagram, for names in other threads; there,
-    an error drops the datagram.
+    `authorize` is called for each new destination of a datagram, for a name in another thread. Such
+    an error drops the datagram, and in another thread, so does any other exception.
     """
 
     server: "Socks5Server"
@@ -1342,7 +1345,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
             self.connection.settimeout(SLICE)
         self.reader = ClientReader(self.connection)
         self.rfile = io.BufferedReader(self.reader, self.rbufsize)
-        self.lock = threading.Lock()  # for `sockets` and `reply`
+        self.lock = threading.RLock()  # for `sockets`, `reply` and an association
         self.sockets = {self.connection}  # `finish` closes them
         self.relay: Any = None  # a Relay or an Association
         self.last_progress: Any = None
@@ -1386,9 +1389,9 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
                 pass
             self.set_end("error")  # nothing else was set: an exception has ended the session
             with self.lock:
-                sockets, self.sockets = self.sockets, set()
-            for sock in sockets:
-                sock.close()
+                for sock in self.sockets:
+                    sock.close()
+                self.sockets.clear()
             is_routine = self.is_probe and self.end == "client-left"
             self.log_message(logging.DEBUG if is_routine else logging.INFO, "session",
                              {**self.state(), "error": self.error, "end": self.end})
@@ -1413,7 +1416,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         """Learn from a balancer's header who the client is; return False for a health check.
 
         Rules, limits, `verify_request` and the log are then about this client, not the balancer. It
-        is local only if the balancer is: loopback on another host is not loopback here.
+        is local only if the balancer is on this host, too: loopback elsewhere is not loopback here.
         """
         is_local_balancer = is_loopback(self.client.host)
         client = read_proxy_header(self.rfile)
@@ -1622,8 +1625,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
         names_client = destination.host in ("0.0.0.0", "::", self.client.host)
         client = self.client._replace(port=destination.port if names_client else 0)
         host, port = Address.of(inside.getsockname())
-        self.run_relay(Association(self.connection, inside, outside, client, self.find_routes),
-                       Address(settings.udp_advertise or host, port))
+        relay = Association(self.lock, self.connection, inside, outside, client, self.find_routes)
+        self.run_relay(relay, Address(settings.udp_advertise or host, port))
 
     def relay_to(self, target: socket.socket, bound: Address) -> None:
         target.settimeout(SLICE)
@@ -1638,6 +1641,7 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def run_relay(self, relay: Any, bound: Address) -> None:
         with self.lock:
             if self.reply is not None:  # the server has answered, because it took too long
+                set_options(self.connection, CLEAN_CLOSE)
                 return
             self.relay, self.reply = relay, Reply.SUCCEEDED
         self.reader.is_over = True  # the relay receives by itself
@@ -1723,9 +1727,8 @@ class Socks5RequestHandler(socketserver.BaseRequestHandler):
     def check_deadline(self, now: float) -> None:
         """End a phase that has lasted too long. A relay's progress starts it anew.
 
-        Hang up on a client that is silent. If the resolver or a target is silent, answer the client
-        with reply 6. The session counts in the limits until the resolver returns, which has no
-        timeout, and `server_close` waits for it.
+        Hang up on a silent client. If the resolver or a target is silent, answer with reply 6; the
+        session counts in the limits until the resolver returns, and `server_close` waits for it.
         """
         if self.relay and self.phase.name != "closing":
             progress = self.relay.end, self.counts
@@ -1830,7 +1833,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
     Besides what ``socketserver`` documents, `drain`, `report` and `running` are there to be
     called. Other methods and attributes may change.
 
-    For thousands of sessions, first do what `prepare_process` does; this class does not.
+    For thousands of sessions, call `prepare_process` first, or do what it does.
     """
 
     allow_reuse_address = os.name == "posix"  # elsewhere it lets others take the port
@@ -1906,7 +1909,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         # Workers share a socket. Linux wakes one of them for a client if they wait in accept(), and
         # all of them if they wait in a selector.
         accept_one: Any = self._handle_request_noblock  # type: ignore[attr-defined]
-        if not IS_LINUX:  # there, SO_RCVTIMEO ends the wait
+        if not IS_LINUX:  # Linux has SO_RCVTIMEO
             self.socket.settimeout(ACCEPT_TIMEOUT)
         while self.is_accepting:
             try:
@@ -1921,10 +1924,7 @@ class Socks5Server(socketserver.ThreadingTCPServer):
         self.socket.close()
 
     def close_queue(self) -> None:
-        """Let no client enter the queue any more: close() would reset it.
-
-        Its system tries again in a second; by then, the next server may listen.
-        """
+        """Let no client enter the queue any more: close() would reset it. It tries again later."""
         if IS_LINUX and not self.is_inherited:
             steps = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 1, 0, 0x02),  # SYN without ACK?
                      (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0))  # then drop the packet
@@ -2267,7 +2267,7 @@ class Service:
             self.server.report()
         elif number == SIGHUP and os.isatty(0) == self.has_terminal:
             self.reload()
-        elif number == SIGUSR2 or not self.parent:  # SIGHUP: the terminal, perhaps ssh's, is gone
+        elif number == SIGUSR2 or not self.parent:  # SIGHUP: the terminal (or ssh) is gone
             self.stop()
 
     def reload(self) -> bool:
@@ -2303,8 +2303,8 @@ class Workers(Service):
     """The parent of processes that serve. It replaces dead ones, and passes on signals.
 
     A terminal or systemd sends each signal to all processes. So workers ignore SIGTERM and SIGINT:
-    their parent sends SIGUSR2 for each, and kills workers that are stuck. The parent keeps the
-    listening socket open: if a worker dies, the others serve its queue.
+    their parent sends SIGUSR2 for each, which means the same to a worker. It kills workers that are
+    stuck. It keeps the listening socket open: if a worker dies, the others serve its queue.
     """
 
     start_at = 0.0  # when to start the missing workers

@@ -1625,6 +1625,20 @@ class AssociationTest(SweepTestCase):
                     self.assertEqual(client.recv(100), self.frame(target, b"pong"))
                 self.wait_for_dropped(server, 1)
 
+    def test_datagram_that_is_too_much_goes_to_no_other_address(self):
+        target, server, asked = self.datagrams(), self.serve(), []
+        _, client = self.associate(server)
+        errors = [None, BlockingIOError(errno.EAGAIN, ""), None, OSError(errno.EMSGSIZE, ""), None]
+        with failing(socket.socket, "sendto", errors), resolver(
+                target.getsockname(), self.datagrams().getsockname(), ask=asked.append):
+            for number, is_lost in enumerate(map(bool, errors[:]), 1):
+                client.send(self.named(b"x", b"%d" % number))
+                if is_lost:
+                    self.wait_for_dropped(server, number // 2)
+                else:
+                    self.assertEqual(target.recv(100), b"%d" % number)
+        self.assertEqual(len(asked), 1)
+
     def test_rules_for_each_datagram(self):
         good, bad = self.datagrams(), self.datagrams()
         rule = "127.0.0.1:%d" % bad.getsockname()[1]
