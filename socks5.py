@@ -2454,6 +2454,8 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
         help="permissions of a Unix socket (default: 0600)")
     add("--workers", metavar="N", type=typed(worker_count, "1 or more, or auto"), default=1,
         help="processes that serve; auto is one per CPU (default: %(default)s)")
+    add("--drain", metavar="S", type=typed(float, "a number of seconds"), default=5.0,
+        help="seconds for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
 
 
 def make_parser() -> Parser:
@@ -2467,9 +2469,6 @@ def make_parser() -> Parser:
     add_serving_options(parser)
     add_access_options(parser)
     add: Any = parser.add_argument_group("timeouts in seconds").add_argument
-    seconds = typed(float, "a number of seconds")
-    add("--drain", metavar="S", type=seconds, default=5.0,
-        help="for sessions to finish after SIGTERM or Ctrl-C (default: %(default)g)")
     for option, meaning in (
             ("--handshake-timeout", "from accepting a client to its complete request"),
             ("--connect-timeout", "to resolve and reach a destination"),
@@ -2478,7 +2477,7 @@ def make_parser() -> Parser:
             ("--bind-timeout", "for BIND to wait for a connection"),
             ("--udp-timeout", "without datagrams in either direction")):
         default = DEFAULTS[option[2:].replace("-", "_")]
-        add(option, metavar="S", type=seconds,
+        add(option, metavar="S", type=typed(float, "a number of seconds"),
             help=f"{meaning} (default: {'never' if default is None else format(default, 'g')})")
     add = parser.add_argument_group("datagrams").add_argument
     add("--udp-ports", metavar="FIRST-LAST", type=typed(parse_ports, "PORT or FIRST-LAST"),
